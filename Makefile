@@ -1,0 +1,26 @@
+# make demo: install into .venv and train the embedded default.   make test: install and run the quick tests.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: demo test test-marked lint clean
+.DEFAULT_GOAL := demo
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/accelerate launch --config_file launch_configs/one_cpu.yaml mtl_dist/train.py
+
+test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -m "not slow and not deepspeed and not slurm"
+
+test-marked: .venv/installed
+	$(BIN)/python -m pytest -m "slow or deepspeed or slurm"
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,1 @@
+"""Pure functions on audio: read a stretch, resample, find silence, normalise, mix at an SNR."""

@@ -1,0 +1,127 @@
+"""Read audio as stretches: mono float32 at the wanted rate, never more of a file than is needed.
+
+A file is a mapping {"path": str | None, "bytes": bytes | None}, as Hugging Face `datasets` stores audio. Positions in
+a file are frames at the file's own rate; what is returned is at the wanted rate. Tested by tests/test_audio.py.
+"""
+
+import contextlib
+import io
+import math
+
+import numpy as np
+import soundfile
+import soxr
+
+EDGE_BLOCK_SECONDS = 1.0
+"""How much is read at a time while looking for the first and the last sound of a file."""
+
+FRAME_SECONDS = 0.02
+"""Loudness is judged over frames of 20 ms, the usual frame of speech analysis."""
+
+MARGIN_SECONDS = 0.02
+"""Context read on both sides of a stretch, so that resampling it equals resampling the whole file."""
+
+
+class BadClipError(ValueError):
+    """A file that cannot be used; the message names the file and says why."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"{name}: {reason}")
+        self.name, self.reason = name, reason
+
+
+def clip_name(audio: dict) -> str:
+    """Return what to call a file in messages."""
+    return audio.get("path") or "<bytes without a name>"
+
+
+@contextlib.contextmanager
+def open_clip(audio: dict):
+    """Open {"path", "bytes"} as a soundfile.SoundFile with at least one frame.
+
+    Raises:
+        BadClipError: missing, empty, not audio, or broken while it is read inside the `with`.
+    """
+    name, data = clip_name(audio), audio.get("bytes")
+    try:
+        source = io.BytesIO(data) if data is not None else audio["path"]
+        with soundfile.SoundFile(source) as file:
+            if file.frames < 1:
+                raise BadClipError(name, "holds no samples (zero length)")
+            yield file
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise BadClipError(name, f"cannot be read as audio ({error})") from error
+
+
+def read_frames(file: soundfile.SoundFile, start: int, frames: int) -> np.ndarray:
+    """Read `frames` frames from `start`, downmixed: float32 (frames,). Raises BadClipError if they are not there."""
+    file.seek(start)
+    samples = file.read(frames, dtype="float32", always_2d=True)
+    if len(samples) < frames:
+        raise BadClipError(
+            str(file.name),
+            f"is truncated: {start + len(samples)} of {file.frames} samples could be read",
+        )
+    if not np.isfinite(samples).all():
+        raise BadClipError(
+            str(file.name), f"has NaN or Inf among samples {start} to {start + frames}"
+        )
+    return samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
+
+
+def read_stretch(file: soundfile.SoundFile, start: int, frames: int, rate: int) -> np.ndarray:
+    """Read a stretch at `rate` Hz: float32 (round(frames * rate / file rate), at least 1).
+
+    Equal to resampling the whole file and cutting, as far as the resampler's finite context goes: MARGIN_SECONDS are
+    read on both sides, in whole periods of the two rates so that the sampling phase is kept.
+    """
+    if file.samplerate == rate:
+        return read_frames(file, start, frames)
+    period = file.samplerate // math.gcd(file.samplerate, rate)
+    periods = math.ceil(MARGIN_SECONDS * file.samplerate / period)
+    lead = min(periods, start // period) * period
+    tail = min(periods * period, file.frames - start - frames)
+    wave = read_frames(file, start - lead, lead + frames + tail)
+    wave = soxr.resample(wave, file.samplerate, rate, quality="HQ")
+    first = lead * rate // file.samplerate
+    return fix_length(wave[first:], max(1, round(frames * rate / file.samplerate)))
+
+
+def fix_length(wave: np.ndarray, samples: int) -> np.ndarray:
+    """Cut or zero-pad (T,) to exactly (samples,): resampling may be off by one to three samples."""
+    wave = wave[:samples]
+    return wave if len(wave) == samples else np.pad(wave, (0, samples - len(wave)))
+
+
+def sounding_span(file: soundfile.SoundFile, silence_db: float) -> tuple[int, int]:
+    """Find the part between leading and trailing silence: (start, stop) in frames of the file.
+
+    A frame of 20 ms is silent below `silence_db` dBFS (root mean square). Only the file's ends are read. A file that is
+    silent throughout is returned whole: trimming must not empty a clip.
+    """
+    block = max(1, round(EDGE_BLOCK_SECONDS * file.samplerate))
+    hop = max(1, round(FRAME_SECONDS * file.samplerate))
+    start = None
+    for begin in range(0, file.frames, block):
+        loud = _loud_frames(file, begin, min(block, file.frames - begin), hop, silence_db)
+        if len(loud):
+            start = begin + int(loud[0]) * hop
+            break
+    if start is None:
+        return 0, file.frames
+    for begin in range((file.frames - 1) // block * block, -1, -block):
+        length = min(block, file.frames - begin)
+        loud = _loud_frames(file, begin, length, hop, silence_db)
+        if len(loud):
+            return start, min(begin + length, begin + (int(loud[-1]) + 1) * hop)
+    raise AssertionError("a file with a first loud frame has a last one")
+
+
+def _loud_frames(file, begin: int, length: int, hop: int, silence_db: float) -> np.ndarray:
+    """Indices of the frames of `hop` samples in [begin, begin + length) that are not silent."""
+    wave = read_frames(file, begin, length)
+    frames = np.pad(wave, (0, -length % hop)).reshape(-1, hop)
+    used = np.full(len(frames), hop)
+    used[-1] = length - (len(frames) - 1) * hop
+    power = (frames.astype(np.float64) ** 2).sum(axis=1) / used
+    return np.flatnonzero(power > 10.0 ** (silence_db / 10.0))

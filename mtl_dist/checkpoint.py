@@ -1,0 +1,208 @@
+"""Checkpoints: save, find, load. Free of ranks; safetensors and JSON only, so that nothing is ever unpickled.
+
+    checkpoints/round_00000120/   model.safetensors  model.json  optimizer.safetensors  state.json  config.yaml  COMPLETE
+    checkpoints/best.json         {"checkpoint": "round_00000100"}
+
+A checkpoint is written under a temporary name, flushed and renamed; COMPLETE is written last and lists every file's size.
+model.safetensors and model.json leave with what a user of the weights needs. Tested by tests/test_checkpoint.py.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from mtl_dist.run_folder import versions, write_atomically
+
+log = logging.getLogger("mtl_dist")
+MARKER = "COMPLETE"
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainState:
+    """Where a run stands after `round` rounds. `positions`: {task: clips consumed by all ranks together}."""
+
+    round: int = 0
+    positions: dict[str, int] = dataclasses.field(default_factory=dict)
+    best: float | None = None
+    best_round: int = 0
+    validations_since_best: int = 0
+    clips: int = 0
+    bad_clips: int = 0
+    nonfinite_in_a_row: int = 0
+    scaler: dict | None = None
+
+
+def folder_name(round_: int) -> str:
+    """Return the name of a round's checkpoint; names sort by round. The round itself is read from state.json."""
+    return f"round_{round_:08d}"
+
+
+def save(root: Path, model, optimizer, state: TrainState, config_text: str, about: dict) -> Path:
+    """Write a checkpoint of an unwrapped model and its Adam; rank 0 calls it. Raises OSError, leaving nothing behind."""
+    target = root / folder_name(state.round)
+    partial = root / f".{target.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        save_file(_contiguous(model.state_dict()), partial / "model.safetensors")
+        save_file(
+            _contiguous(optimizer_tensors(model, optimizer)), partial / "optimizer.safetensors"
+        )
+        texts = {
+            "model.json": json.dumps(about, indent=2),
+            "state.json": json.dumps(
+                dataclasses.asdict(state) | {"versions": versions()}, indent=2
+            ),
+            "config.yaml": config_text,
+        }
+        for name, text in texts.items():
+            (partial / name).write_text(text, encoding="utf-8")
+        sizes = {path.name: _flush(path) for path in sorted(partial.iterdir())}
+        (partial / MARKER).write_text(json.dumps(sizes), encoding="utf-8")
+        _flush(partial / MARKER)
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+        _flush_folder(root)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"the checkpoint {target} could not be written: {error}") from error
+    return target
+
+
+def remove_old(root: Path, keep: int) -> None:
+    """Delete all but the newest `keep` whole checkpoints and the best one; called after a new one is whole."""
+    best = best_checkpoint(root)
+    for path in whole_checkpoints(root)[keep:]:
+        if path != best:
+            shutil.rmtree(path)
+
+
+def whole_checkpoints(root: Path) -> list[Path]:
+    """Return the complete checkpoints, newest first; warn of broken ones, which are left alone."""
+    whole = []
+    for path in sorted(root.glob("round_*"), reverse=True):
+        problem = broken(path)
+        if problem:
+            log.warning("checkpoint %s is skipped: %s", path, problem)
+        else:
+            whole.append(path)
+    return whole
+
+
+def broken(path: Path) -> str | None:
+    """Return why a checkpoint cannot be used, or None."""
+    if not (path / MARKER).is_file():
+        return f"it has no {MARKER} marker (was its writer killed?)"
+    try:
+        sizes = json.loads((path / MARKER).read_text(encoding="utf-8"))
+    except ValueError:
+        return f"its {MARKER} marker is damaged"
+    for name, size in sizes.items():
+        found = (path / name).stat().st_size if (path / name).is_file() else 0
+        if found != size:
+            return f"{name} has {found} of {size} bytes"
+    return None
+
+
+def mark_best(root: Path, checkpoint: Path) -> None:
+    """Point best.json at a checkpoint."""
+    write_atomically(root / "best.json", json.dumps({"checkpoint": checkpoint.name}))
+
+
+def best_checkpoint(root: Path) -> Path | None:
+    """Return the checkpoint with the best validation, if it is there."""
+    pointer = root / "best.json"
+    if not pointer.is_file():
+        return None
+    path = root / json.loads(pointer.read_text(encoding="utf-8"))["checkpoint"]
+    return path if path.is_dir() else None
+
+
+def find(path: Path) -> Path:
+    """Return the checkpoint meant by a checkpoint folder or a run folder (its best, else its newest).
+
+    Raises:
+        ValueError: there is none, or it is broken.
+    """
+    if (path / "state.json").is_file() or (path / MARKER).is_file():
+        problem = broken(path)
+        if problem:
+            raise ValueError(f"checkpoint {path}: {problem}")
+        return path
+    root = path / "checkpoints"
+    best = best_checkpoint(root)
+    if best is not None and broken(best) is None:
+        return best
+    whole = whole_checkpoints(root)
+    if not whole:
+        raise ValueError(f"{path}: neither a checkpoint nor a run folder with a whole checkpoint")
+    return whole[0]
+
+
+def load_weights(path: Path, model) -> None:
+    """Load model.safetensors into a model. Raises ValueError naming what does not fit."""
+    saved = load_file(path / "model.safetensors")
+    own = model.state_dict()
+    wrong = [
+        n
+        for n in {*saved, *own}
+        if n not in saved or n not in own or saved[n].shape != own[n].shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"checkpoint {path} is of another model: {', '.join(sorted(wrong)[:5])} do not fit"
+        )
+    model.load_state_dict(saved)
+
+
+def load(path: Path, model, optimizer) -> TrainState:
+    """Load weights and Adam's moments into an unwrapped model and its optimizer; return where the run stands."""
+    load_weights(path, model)
+    tensors = load_file(path / "optimizer.safetensors")
+    for name, parameter in model.named_parameters():
+        values = {
+            key: tensors[f"{key}/{name}"]
+            for key in ("exp_avg", "exp_avg_sq", "step")
+            if f"{key}/{name}" in tensors
+        }
+        if values:
+            moved = {k: v.to(parameter.device) if k != "step" else v for k, v in values.items()}
+            optimizer.state[parameter] = moved
+    fields = {field.name for field in dataclasses.fields(TrainState)}
+    saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    return TrainState(**{key: value for key, value in saved.items() if key in fields})
+
+
+def optimizer_tensors(model, optimizer) -> dict[str, torch.Tensor]:
+    """Return Adam's state by parameter name: {"exp_avg/trunk.input.weight": ...}."""
+    return {
+        f"{key}/{name}": torch.as_tensor(value)
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _flush(path: Path) -> int:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return path.stat().st_size
+
+
+def _flush_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

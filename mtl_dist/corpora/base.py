@@ -1,0 +1,132 @@
+"""What a corpus is: rows per split in a Hugging Face `datasets` table, read by name through a registry.
+
+A row is {"id", "audio": {"path", "bytes"}, "label", "split"}; audio stays bytes or a path until a task needs a stretch of
+it. A new kind of corpus is a dataclass with a `load` and @register_corpus("its_name"). Tested by tests/test_corpora.py.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import datasets
+
+from mtl_dist.streams.keys import generator
+
+FEATURES = datasets.Features(
+    {
+        "id": datasets.Value("string"),
+        "audio": {"path": datasets.Value("string"), "bytes": datasets.Value("binary")},
+        "label": datasets.Value("int64"),
+        "split": datasets.Value("string"),
+    }
+)
+SPLITS = ("train", "validation", "test")
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif", ".au", ".w64", ".opus")
+
+
+@dataclasses.dataclass(kw_only=True)
+class Corpus:
+    """Rows per split, the classes that labels index, and the files that were listed but are not there."""
+
+    name: str
+    splits: dict[str, datasets.Dataset]
+    classes: list[str] = dataclasses.field(default_factory=list)
+    skipped: list[str] = dataclasses.field(default_factory=list)
+
+    def describe(self) -> str:
+        """One line for the log."""
+        sizes = ", ".join(f"{len(rows)} {split}" for split, rows in self.splits.items())
+        labels = f", {len(self.classes)} classes" if self.classes else ""
+        missing = f", {len(self.skipped)} files missing" if self.skipped else ""
+        return f"{self.name}: {sizes} clips{labels}{missing}"
+
+
+CORPORA: dict[str, type] = {}
+
+
+def register_corpus(name: str) -> Callable[[type], type]:
+    """Class decorator: make a kind of corpus known under `name` in section `corpora`."""
+
+    def register(config: type) -> type:
+        if name in CORPORA and CORPORA[name].__qualname__ != config.__qualname__:
+            raise ValueError(f"corpus {name!r} is registered twice: {CORPORA[name]} and {config}")
+        CORPORA[name] = config
+        return config
+
+    return register
+
+
+def make_corpus(
+    name: str, rows: Iterable[dict], classes: list[str] | None = None, skipped: Iterable[str] = ()
+) -> Corpus:
+    """Build a Corpus from rows {"id", "path", "label" (a class name or None), "split"}.
+
+    Raises:
+        ValueError: a split that a task would train on is empty, or two rows have one id.
+    """
+    classes = classes or []
+    index = {label: i for i, label in enumerate(classes)}
+    table: dict[str, list[dict]] = {split: [] for split in SPLITS}
+    seen: set[str] = set()
+    for row in rows:
+        if row["id"] in seen:
+            raise ValueError(f"corpora.{name}: two clips have the id {row['id']!r}")
+        seen.add(row["id"])
+        table[row["split"]].append(
+            {
+                "id": row["id"],
+                "audio": {"path": str(row["path"]), "bytes": None},
+                "label": index[row["label"]] if classes else -1,
+                "split": row["split"],
+            }
+        )
+    splits = {
+        split: datasets.Dataset.from_dict({c: [row[c] for row in part] for c in FEATURES}, FEATURES)
+        for split, part in table.items()
+    }
+    return Corpus(name=name, splits=splits, classes=classes, skipped=list(skipped))
+
+
+def require_folder(folder: Path, field: str, remedy: str) -> Path:
+    """Return `folder`, or raise ValueError naming the field and what should be there."""
+    if not folder.is_dir():
+        raise ValueError(f"{field}: the folder {folder} does not exist; {remedy}")
+    return folder
+
+
+def require_columns(path: Path, found: Iterable[str] | None, wanted: Iterable[str]) -> None:
+    """Raise ValueError naming the file and the columns that a CSV lacks."""
+    missing = [column for column in wanted if column not in (found or [])]
+    if missing:
+        raise ValueError(
+            f"{path}: column {', '.join(missing)} is missing; found {list(found or [])}"
+        )
+
+
+def require_label(label: str | None, classes: list[str], where: str) -> str:
+    """Return `label`, or raise ValueError naming the row, the label and the nearest known one."""
+    if label in classes:
+        return label
+    near = difflib.get_close_matches(label or "", classes, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{where}: unknown label {label!r}{hint} (allowed: {', '.join(classes)})")
+
+
+def shuffled(items: Iterable, *key: object) -> list:
+    """Return the items in an order that depends on the items and the key alone."""
+    ordered = sorted(items)
+    return [ordered[i] for i in generator(*key).permutation(len(ordered))]
+
+
+def stratified_share(labels: dict[str, str], share: float, *key: object) -> set[str]:
+    """Choose `share` of the ids of every label (rounded, at least one where a label has two or more ids)."""
+    by_label: dict[str, list[str]] = {}
+    for clip, label in labels.items():
+        by_label.setdefault(label, []).append(clip)
+    chosen: set[str] = set()
+    for label, clips in by_label.items():
+        least = 1 if share > 0 and len(clips) > 1 else 0
+        count = max(least, round(share * len(clips)))
+        chosen.update(shuffled(clips, *key, label)[:count])
+    return chosen

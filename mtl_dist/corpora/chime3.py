@@ -1,0 +1,51 @@
+"""CHiME-3 background recordings: ROOT/**/BGD_<yymmdd>_<nnn>_<BUS|CAF|PED|STR>.CH<1-6>.wav (or .flac), 16 kHz."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+from mtl_dist.corpora.base import Corpus, make_corpus, register_corpus, require_folder
+from mtl_dist.corpora.synthetic import resolve_root
+
+NAME = re.compile(r"BGD_\d+_\w+?_([A-Z]{3})(?:\.CH(\d))?\.(?:wav|flac)$")
+
+
+@register_corpus("chime3")
+@dataclasses.dataclass(kw_only=True)
+class Chime3:
+    """CHiME-3 backgrounds, unlabelled noise."""
+
+    root: str | None = None
+    """Folder that holds the BGD_*.wav files at any depth; `synthetic` makes a small stand-in."""
+    environments: list[str] = dataclasses.field(
+        default_factory=lambda: ["BUS", "CAF", "PED", "STR"]
+    )
+    """Environments to use: bus, cafe, pedestrian area, street junction. (The paper also lists BTH, the booth, which
+    the published backgrounds do not hold.)"""
+    channels: list[int] = dataclasses.field(default_factory=lambda: [1, 2, 3, 4, 5, 6])
+    """Microphones to use, 1 to 6."""
+
+    def load(self, name: str, split_seed: int) -> Corpus:
+        """List the recordings; every one serves all splits, each split with a stretch of its own (corpora/noise.py)."""
+        root = require_folder(
+            resolve_root(self.root, name, "CHiME3"),
+            f"corpora.{name}.root",
+            "point it at the CHiME-3 backgrounds, in the original data/audio/16kHz/backgrounds",
+        )
+        found = [
+            (path, match)
+            for path in sorted(root.rglob("BGD_*"))
+            if (match := NAME.match(path.name))
+        ]
+        rows = [
+            {"id": f"{name}/{path.stem}", "path": Path(path), "label": None, "split": "train"}
+            for path, match in found
+            if match[1] in self.environments and int(match[2] or 1) in self.channels
+        ]
+        if not rows:
+            there = sorted({match[1] for _, match in found})
+            raise ValueError(
+                f"corpora.{name}: no BGD_*.wav of the environments {self.environments} and channels {self.channels} "
+                f"under {root}; environments there: {there or 'none'}"
+            )
+        return make_corpus(name, rows)

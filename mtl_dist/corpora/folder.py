@@ -1,0 +1,122 @@
+"""Your own audio: a CSV manifest with the columns path and, for labelled tasks, label; or a folder of files.
+
+In a folder, ROOT/LABEL/**/clip.wav gives labels by folder name (labelled: true), and any depth will do without labels.
+"""
+
+import csv
+import dataclasses
+from pathlib import Path
+
+from mtl_dist.corpora.base import (
+    AUDIO_SUFFIXES,
+    SPLITS,
+    Corpus,
+    make_corpus,
+    register_corpus,
+    require_columns,
+    require_folder,
+    require_label,
+    stratified_share,
+)
+
+
+@register_corpus("folder")
+@dataclasses.dataclass(kw_only=True)
+class Folder:
+    """A plain folder or CSV manifest of your own."""
+
+    root: str | None = None
+    """Folder of audio files; with a manifest, the folder that its relative paths start from."""
+    manifest: str | None = None
+    """CSV file with the column path, and optionally label and split (train, validation or test)."""
+    labelled: bool = False
+    """Without a manifest: take each clip's label from the first folder below root."""
+    validation_share: float = 0.1
+    """Share of every label's clips for validation, where the manifest has no column split."""
+    test_share: float = 0.1
+    """Share of every label's clips for test, where the manifest has no column split."""
+
+    def __post_init__(self):
+        shares = self.validation_share, self.test_share
+        if min(shares) < 0 or sum(shares) >= 1:
+            raise ValueError(
+                f"validation_share, test_share: {shares} is not allowed; use 0 or more, together below 1"
+            )
+
+    def load(self, name: str, split_seed: int) -> Corpus:
+        """List the clips. Raises ValueError naming the file, column or row that is wrong."""
+        if self.manifest is not None:
+            rows, missing = self._from_manifest(name)
+        elif self.root is not None:
+            rows, missing = self._from_folder(name), []
+        else:
+            raise ValueError(f"corpora.{name}: set root (a folder) or manifest (a CSV file)")
+        if not rows:
+            raise ValueError(
+                f"corpora.{name}: no audio files in {self.manifest or self.root} ({len(missing)} missing)"
+            )
+        labels = {row["id"]: row["label"] or "" for row in rows}
+        test = stratified_share(labels, self.test_share, split_seed, name, "test")
+        rest = {clip: label for clip, label in labels.items() if clip not in test}
+        share = self.validation_share / (1 - self.test_share)
+        validation = stratified_share(rest, share, split_seed, name, "validation")
+        for row in rows:
+            if row["split"] is None:
+                row["split"] = (
+                    "test"
+                    if row["id"] in test
+                    else "validation"
+                    if row["id"] in validation
+                    else "train"
+                )
+        classes = sorted({row["label"] for row in rows if row["label"] and row["split"] == "train"})
+        for row in rows:
+            if row["label"]:
+                require_label(
+                    row["label"], classes, f"{row['path']}, not among the training labels"
+                )
+        return make_corpus(name, rows, classes, missing)
+
+    def _from_folder(self, name: str) -> list[dict]:
+        root = require_folder(Path(self.root), f"corpora.{name}.root", "set it to your audio")
+        paths = [p for p in sorted(root.rglob("*")) if p.suffix.lower() in AUDIO_SUFFIXES]
+        rows = []
+        for path in paths:
+            parts = path.relative_to(root).parts
+            if self.labelled and len(parts) < 2:
+                raise ValueError(
+                    f"{path}: no label; with labelled: true files lie in {root}/LABEL/"
+                )
+            label = parts[0] if self.labelled else None
+            rows.append(
+                {"id": f"{name}/{'/'.join(parts)}", "path": path, "label": label, "split": None}
+            )
+        return rows
+
+    def _from_manifest(self, name: str) -> tuple[list[dict], list[str]]:
+        table = Path(self.manifest)
+        if not table.is_file():
+            raise ValueError(f"corpora.{name}.manifest: the file {table} does not exist")
+        root = Path(self.root) if self.root is not None else table.parent
+        rows, missing = [], []
+        with open(table, newline="", encoding="utf-8") as lines:
+            reader = csv.DictReader(lines)
+            require_columns(table, reader.fieldnames, ["path"])
+            labelled = "label" in reader.fieldnames
+            for row in reader:
+                where = f"{table}, line {reader.line_num}"
+                if labelled and not row["label"]:
+                    raise ValueError(f"{where}, column label: empty; every clip needs a label")
+                split = row.get("split") or None
+                if split not in (None, *SPLITS):
+                    raise ValueError(
+                        f"{where}, column split: {split!r} (allowed: {', '.join(SPLITS)})"
+                    )
+                path, clip = root / row["path"], f"{name}/{row['path']}"
+                if path.is_file():
+                    rows.append(
+                        {"id": clip, "path": path, "label": row.get("label"), "split": split}
+                    )
+                else:
+                    missing.append(str(path))
+        return rows, missing

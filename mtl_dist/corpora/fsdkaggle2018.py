@@ -1,0 +1,88 @@
+"""FSDKaggle2018 as published on Zenodo (record 2552860): folders of WAV files and CSVs.
+
+ROOT/FSDKaggle2018.audio_train/*.wav   ROOT/FSDKaggle2018.meta/train_post_competition.csv
+ROOT/FSDKaggle2018.audio_test/*.wav    ROOT/FSDKaggle2018.meta/test_post_competition_scoring_clips.csv
+"""
+
+import csv
+import dataclasses
+import os
+from pathlib import Path
+
+from mtl_dist.corpora.base import (
+    Corpus,
+    make_corpus,
+    register_corpus,
+    require_columns,
+    require_folder,
+    require_label,
+    stratified_share,
+)
+from mtl_dist.corpora.synthetic import resolve_root
+
+META = "FSDKaggle2018.meta"
+TABLES = {"train": "train_post_competition.csv", "test": "test_post_competition_scoring_clips.csv"}
+
+
+@register_corpus("fsdkaggle2018")
+@dataclasses.dataclass(kw_only=True)
+class FSDKaggle2018:
+    """FSDKaggle2018, labelled: 9,473 training and 1,600 test clips, 41 classes."""
+
+    root: str | None = None
+    """Folder that holds FSDKaggle2018.audio_train, .audio_test and .meta; `synthetic` makes a small stand-in."""
+    validation_share: float = 0.1
+    """Share of the training clips set aside for validation, of every label alike (paper section 5)."""
+
+    def __post_init__(self):
+        if not 0 <= self.validation_share < 1:
+            raise ValueError(
+                f"validation_share: {self.validation_share} is not allowed; use 0 to below 1"
+            )
+
+    def load(self, name: str, split_seed: int) -> Corpus:
+        """List the clips. Raises ValueError naming the folder, file, column or row that is wrong."""
+        root = resolve_root(self.root, name, "FSDKaggle2018")
+        train, missing_train = _read_table(root, "train", None, name)
+        classes = sorted(set(train.values()))
+        test, missing_test = _read_table(root, "test", classes, name)
+        validation = stratified_share(train, self.validation_share, split_seed, name, "validation")
+        rows = []
+        for fname, label in train.items():
+            split = "validation" if fname in validation else "train"
+            path = root / "FSDKaggle2018.audio_train" / fname
+            rows.append({"id": f"{name}/{fname}", "path": path, "label": label, "split": split})
+        for fname, label in test.items():
+            path = root / "FSDKaggle2018.audio_test" / fname
+            rows.append({"id": f"{name}/{fname}", "path": path, "label": label, "split": "test"})
+        return make_corpus(name, rows, classes, [*missing_train, *missing_test])
+
+
+def _read_table(
+    root: Path, part: str, classes: list[str] | None, name: str
+) -> tuple[dict[str, str], list[str]]:
+    """Return {file name: label} of the rows whose file is there, and the paths of the others."""
+    remedy = "unpack the Zenodo archives (record 2552860) side by side there"
+    field = f"corpora.{name}.root"
+    folder = require_folder(root / f"FSDKaggle2018.audio_{part}", field, remedy)
+    table = require_folder(root / META, field, remedy) / TABLES[part]
+    if not table.is_file():
+        raise ValueError(f"{field}: the file {table} does not exist; {remedy}")
+    there = {entry.name for entry in os.scandir(folder)}
+    labels, missing = {}, []
+    with open(table, newline="", encoding="utf-8") as lines:
+        reader = csv.DictReader(lines)
+        require_columns(table, reader.fieldnames, ["fname", "label"])
+        for row in reader:
+            label, where = row["label"], f"{table}, line {reader.line_num}, column label"
+            if not label:
+                raise ValueError(f"{where}: empty; every clip needs a label")
+            if row["fname"] in labels:
+                raise ValueError(f"{table}, line {reader.line_num}: {row['fname']} stands twice")
+            labels[row["fname"]] = require_label(label, classes, where) if classes else label
+    for fname in [fname for fname in labels if fname not in there]:
+        missing.append(str(folder / fname))
+        del labels[fname]
+    if not labels:
+        raise ValueError(f"{table}: none of its {len(missing)} files is in {folder}")
+    return labels, missing

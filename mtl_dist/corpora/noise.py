@@ -1,0 +1,35 @@
+"""A bank of background recordings: a random stretch of a random file, none of it shared between splits."""
+
+import numpy as np
+
+from mtl_dist.audio.reading import open_clip, read_stretch
+from mtl_dist.audio.transforms import tile_to
+from mtl_dist.corpora.base import Corpus
+
+SPLIT_SPANS = {"train": (0.0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1.0)}
+"""Share of every recording that each split may hear: held-out noise is noise that was not trained on."""
+
+
+class NoiseBank:
+    """Draws noise from a corpus' training rows at `rate` Hz."""
+
+    def __init__(self, corpus: Corpus, rate: int):
+        rows = corpus.splits["train"]
+        if not len(rows):
+            raise ValueError(f"corpora.{corpus.name}: holds no recordings to draw noise from")
+        self.audio = rows["audio"][:]
+        self.rate = rate
+
+    def draw(self, samples: int, split: str, generator: np.random.Generator) -> np.ndarray:
+        """Return (samples,) float32 of background; a stretch shorter than that is repeated.
+
+        Raises:
+            BadClipError: the recording that was drawn cannot be read.
+        """
+        low, high = SPLIT_SPANS[split]
+        with open_clip(self.audio[int(generator.integers(len(self.audio)))]) as file:
+            start, stop = int(low * file.frames), max(1, int(high * file.frames))
+            start = min(start, stop - 1)
+            frames = min(stop - start, -(-samples * file.samplerate // self.rate))
+            start += int(generator.integers(0, stop - start - frames + 1))
+            return tile_to(read_stretch(file, start, frames, self.rate), samples)

@@ -1,0 +1,114 @@
+"""Evaluation: every clip exactly once, each rank its own slice, sums and counts added up at the end."""
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+
+import datasets
+import torch
+from accelerate import Accelerator
+
+from mtl_dist.audio.reading import BadClipError
+from mtl_dist.experiment import Experiment
+from mtl_dist.metrics import Sums
+from mtl_dist.runtime import collect
+from mtl_dist.streams.keys import generator
+from mtl_dist.streams.rounds import keyed_generators
+from mtl_dist.tasks.base import Task, TaskBatch
+
+log = logging.getLogger("mtl_dist")
+CLIPS_PER_FORWARD = 16
+"""Windows of one row that go through the model together; bounds memory for long recordings."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Evaluation:
+    """Means over all clips of all ranks: {task: {metric: tensor}}, how many clips each, and what was skipped."""
+
+    metrics: dict[str, dict[str, torch.Tensor]]
+    clips: dict[str, int]
+    bad: list[str]
+
+    def numbers(self) -> dict[str, dict[str, float]]:
+        """Return the scalar metrics, as results.json and TensorBoard have them."""
+        return {
+            task: {name: float(value) for name, value in metrics.items() if value.ndim == 0}
+            | {"clips": self.clips[task]}
+            for task, metrics in self.metrics.items()
+        }
+
+
+def fixed_rows(table: datasets.Dataset, limit: int | None, split_seed: int) -> list[int]:
+    """Return the row numbers to evaluate: all, or `limit` drawn once and for all by data.split_seed."""
+    rows = generator(split_seed, "evaluation").permutation(len(table)).tolist()
+    return rows[:limit]
+
+
+def evaluation_batches(
+    experiment: Experiment, task: Task, table: datasets.Dataset, rows: list[int], bad: list[str]
+) -> Iterator[TaskBatch]:
+    """Yield one batch per readable row, with draws that never change; note the others in `bad`."""
+    keyed = keyed_generators(experiment.config.data.split_seed, task.name, "evaluation")
+    for row in table.select(rows).to_iterable_dataset() if rows else []:
+        try:
+            clips = task.evaluation_clips(row, experiment.reader, keyed)
+            yield task.prepare(clips, keyed)
+        except BadClipError as error:
+            bad.append(str(error))
+
+
+def forward(accelerator: Accelerator, model, name: str, batch: TaskBatch) -> torch.Tensor:
+    """Return a task's outputs for a batch, a few clips at a time."""
+    batch = batch.to(accelerator.device)
+    parts = []
+    for first in range(0, len(batch.inputs), CLIPS_PER_FORWARD):
+        part = TaskBatch(*(tensor[first : first + CLIPS_PER_FORWARD] for tensor in batch))
+        with accelerator.autocast():
+            parts.append(model.outputs({name: part})[0][name])
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def evaluate(
+    accelerator: Accelerator, model: torch.nn.Module, experiment: Experiment, split: str
+) -> Evaluation:
+    """Evaluate an unwrapped model on every task's clips of a split; all ranks call it and get the same result."""
+    limit, seed = experiment.config.evaluation.max_clips, experiment.config.data.split_seed
+    model.eval()
+    result = Evaluation(metrics={}, clips={}, bad=[])
+    for name, task in experiment.tasks.items():
+        table = experiment.evaluation_table(name, split)
+        rows = fixed_rows(table, limit, seed)[
+            accelerator.process_index :: accelerator.num_processes
+        ]
+        sums, bad, done = Sums(), [], 0
+        for batch in evaluation_batches(experiment, task, table, rows, bad):
+            outputs = forward(accelerator, model, name, batch)
+            sums.add(task.metrics(outputs, batch.to(accelerator.device)))
+            done += 1
+        parts = collect(accelerator, [(sums.sums, done, bad)])
+        total = Sums()
+        for part, clips, bad_there in parts:
+            total.add(part)
+            result.clips[name] = result.clips.get(name, 0) + clips
+            result.bad += bad_there
+        result.metrics[name] = total.means()
+    model.train()
+    for problem in result.bad if accelerator.is_main_process else []:
+        log.warning("evaluation skips a bad file: %s", problem)
+    return result
+
+
+@torch.no_grad()
+def examples(accelerator: Accelerator, model, experiment: Experiment, split: str, number: int):
+    """Yield (task, place, {what it is: wave (T,)}) of the first `number` fixed clips of every task that shows some."""
+    model.eval()
+    for name, task in experiment.tasks.items():
+        table = experiment.evaluation_table(name, split)
+        rows = fixed_rows(table, number, experiment.config.data.split_seed)
+        for place, batch in enumerate(evaluation_batches(experiment, task, table, rows, [])):
+            outputs = forward(accelerator, model, name, batch)
+            waves = task.showcase(outputs, batch.to(accelerator.device))
+            if waves:
+                yield name, place, {what: wave.float().cpu() for what, wave in waves.items()}
+    model.train()

@@ -1,0 +1,132 @@
+"""From a configuration to the things it names: corpora, tasks, tables of clips, reader, model."""
+
+import dataclasses
+import math
+
+import datasets
+import torch
+
+from mtl_dist.audio.clips import ClipReader
+from mtl_dist.config import Config, ConfigError
+from mtl_dist.corpora import Corpus
+from mtl_dist.models.multitask import MultitaskModel
+from mtl_dist.models.wavenet import WaveNetTrunk, receptive_field
+from mtl_dist.tasks import TASKS, Task, TaskContext
+
+
+@dataclasses.dataclass(kw_only=True)
+class Experiment:
+    """Everything a run is about, the same on every rank."""
+
+    config: Config
+    corpora: dict[str, Corpus]
+    tasks: dict[str, Task]
+    reader: ClipReader
+
+    def table(self, task: str) -> datasets.Dataset:
+        """Return the training rows of all sources of a task."""
+        sources = [self.corpora[name].splits["train"] for name in self.tasks[task].config.sources]
+        return datasets.concatenate_datasets(sources) if len(sources) > 1 else sources[0]
+
+    def evaluation_table(self, task: str, split: str) -> datasets.Dataset:
+        """Return the rows of a split that a task is evaluated on: those of its first source."""
+        return self.corpora[self.tasks[task].config.sources[0]].splits[split]
+
+    def build_model(self) -> MultitaskModel:
+        """Return a new model; its initial values depend on run.seed alone."""
+        torch.manual_seed(self.config.run.seed)
+        model = self.config.model
+        trunk = WaveNetTrunk(
+            blocks=model.blocks,
+            layers=model.layers,
+            channels=model.channels,
+            residual_projection=model.residual_projection,
+            skip_outputs=model.skip_outputs,
+            input_gain=model.input_gain,
+        )
+        return MultitaskModel(trunk, self.tasks)
+
+
+def build_experiment(config: Config) -> Experiment:
+    """List the corpora that the trained tasks hear, and build the tasks.
+
+    Raises:
+        ConfigError: a corpus or task cannot be built as configured; the message names the field, file or row.
+    """
+    names: list[str] = []
+    for task in config.train.tasks:
+        settings = config.tasks[task]
+        names += [*settings.sources, *([settings.noise] if hasattr(settings, "noise") else [])]
+    try:
+        corpora = {
+            name: config.corpora[name].load(name, config.data.split_seed)
+            for name in dict.fromkeys(names)
+        }
+        _check_missing(corpora, config.data.max_bad_share)
+        context = TaskContext(
+            corpora=corpora,
+            rate=config.data.sample_rate,
+            crop_samples=round(config.data.crop_seconds * config.data.sample_rate),
+            receptive_field=receptive_field(config.model.blocks, config.model.layers),
+        )
+        tasks = {n: TASKS[n](config.tasks[n], context) for n in config.train.tasks}
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    reader = ClipReader(
+        rate=config.data.sample_rate,
+        silence_db=config.data.silence_db,
+        peak=config.data.normalise == "peak",
+    )
+    experiment = Experiment(config=config, corpora=corpora, tasks=tasks, reader=reader)
+    for name in tasks:
+        if not len(experiment.table(name)):
+            raise ConfigError(
+                f"tasks.{name}.sources: {tasks[name].config.sources} hold no training clips"
+            )
+    return experiment
+
+
+def _check_missing(corpora: dict[str, Corpus], max_bad_share: float) -> None:
+    for corpus in corpora.values():
+        total = sum(map(len, corpus.splits.values())) + len(corpus.skipped)
+        if len(corpus.skipped) > max_bad_share * total:
+            raise ValueError(
+                f"corpora.{corpus.name}: {len(corpus.skipped)} of {total} listed files are missing, such as "
+                f"{corpus.skipped[0]}; complete the corpus, or allow a larger data.max_bad_share (now {max_bad_share})"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The arithmetic of a run: micro-batch and accumulation, rounds an epoch and in all."""
+
+    micro_batch: int
+    accumulation: int
+    rounds_per_epoch: float
+    rounds: int
+
+
+def plan_rounds(config: Config, main_clips: int, ranks: int) -> Plan:
+    """Work out the rounds. Raises ConfigError where ranks x micro_batch x accumulation cannot give global_batch."""
+    batch = config.train.global_batch
+    micro = config.train.micro_batch or batch // ranks
+    if micro == 0 or batch % (ranks * micro):
+        accumulation = batch / (ranks * micro) if micro else 0
+        fits = [m for m in range(1, batch + 1) if batch % (ranks * m) == 0]
+        remedy = (
+            f"a train.micro_batch of {', '.join(map(str, fits))}"
+            if fits
+            else f"a train.global_batch that is a multiple of {ranks}"
+        )
+        raise ConfigError(
+            f"train.global_batch: {batch} = {ranks} ranks x micro_batch {micro} x accumulation {accumulation:g} does not "
+            f"come out whole; use {remedy}"
+        )
+    per_epoch = main_clips / batch
+    rounds = config.train.rounds or max(1, math.ceil(config.train.epochs * per_epoch))
+    return Plan(
+        micro_batch=micro,
+        accumulation=batch // (ranks * micro),
+        rounds_per_epoch=per_epoch,
+        rounds=rounds,
+    )

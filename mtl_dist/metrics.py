@@ -1,0 +1,81 @@
+"""Metrics as sums and counts, added over clips and ranks and divided once. Tested by tests/test_metrics.py.
+
+Shapes: B clips, K classes, T samples. A metric of one clip is (value, 1), or (0, 0) where it is not defined.
+"""
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
+
+STFT_SIZE, STFT_HOP = 2048, 512
+"""Window and hop of the log-spectral distance in samples, as in Kuleshov et al. 2017 (audio super-resolution)."""
+
+POWER_FLOOR = 1e-8
+"""Powers below this (of a spectrum normalised by the window's energy; about -80 dB of full scale) count as this."""
+
+
+def average_precision_at_3(scores: Tensor, labels: Tensor) -> Tensor:
+    """1 / rank of the label if it is among the three highest scores, else 0: (B, K), (B,) -> (B,).
+
+    With one label a clip the mean of it is MAP@3 (Kaggle's definition for FSDKaggle2018). Of equal scores the one with
+    the lower index ranks first, as torch.argsort(stable) and scikit-learn's label order have it.
+    """
+    order = scores.argsort(dim=1, descending=True, stable=True)[:, :3]
+    hits = (order == labels[:, None]).float()
+    return (hits / torch.arange(1, order.shape[1] + 1, device=scores.device)).sum(dim=1)
+
+
+def decibels(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """10 log10(numerator / denominator), kept finite."""
+    tiny = torch.finfo(torch.float32).tiny
+    return 10.0 * torch.log10(numerator.clamp(min=tiny) / denominator.clamp(min=tiny))
+
+
+def si_sdr(estimate: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale-invariant signal-to-distortion ratio in dB of (T,) waves as (value, 1); (0, 0) for a silent target.
+
+    Le Roux et al. 2019, "SDR - half-baked or well done?", without removing the mean.
+    """
+    if target.numel() == 0 or not target.square().sum() > 0:
+        return target.new_zeros(()), target.new_zeros(())
+    return scale_invariant_signal_distortion_ratio(estimate, target), target.new_ones(())
+
+
+def log_power_spectrum(wave: Tensor) -> Tensor:
+    """10 log10 of the short-time power spectrum in dB, floored at POWER_FLOOR: (T,) -> (frequencies, frames)."""
+    window = torch.hann_window(STFT_SIZE, device=wave.device)
+    wave = torch.nn.functional.pad(wave, (0, max(0, STFT_SIZE - wave.numel())))
+    spectrum = torch.stft(
+        wave, STFT_SIZE, STFT_HOP, window=window, center=False, return_complex=True
+    )
+    power = spectrum.abs().square() / window.square().sum()
+    return 10.0 * torch.log10(power.clamp(min=POWER_FLOOR))
+
+
+def log_spectral_distance(estimate: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-spectral distance in dB of (T,) waves as (value, 1): root mean square over frequency, mean over frames.
+
+    Gray and Markel 1976. (0, 0) for a silent or empty target.
+    """
+    if target.numel() == 0 or not target.square().sum() > 0:
+        return target.new_zeros(()), target.new_zeros(())
+    difference = log_power_spectrum(estimate) - log_power_spectrum(target)
+    return difference.square().mean(dim=0).sqrt().mean(), target.new_ones(())
+
+
+class Sums:
+    """Adds {name: (sum, count)} in float64, tensors of any shape, over clips and over the Sums of other ranks."""
+
+    def __init__(self):
+        self.sums: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def add(self, metrics: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Add one clip's metrics, or the `sums` of another rank."""
+        for name, (total, count) in metrics.items():
+            pair = (total.detach().double().cpu(), count.detach().double().cpu())
+            old = self.sums.get(name)
+            self.sums[name] = pair if old is None else (old[0] + pair[0], old[1] + pair[1])
+
+    def means(self) -> dict[str, Tensor]:
+        """Return {name: sum / count} of everything that was counted at least once; elements without a count are 0."""
+        return {n: s / c.clamp(min=1e-12) for n, (s, c) in self.sums.items() if c.sum() > 0}

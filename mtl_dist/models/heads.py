@@ -1,0 +1,49 @@
+"""The building blocks of heads. A head's forward takes (hidden_BCT, valid_B) and returns the task's outputs.
+
+Shapes: B clips, C trunk channels, T samples, K classes; valid_B is the number of real samples of each clip.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class ConvHead(nn.Module):
+    """Two convolutions over time, ReLU between: C -> hidden -> 1 (paper section 3.2 and Table 3).
+
+    `width` is the filter width of both, odd and centred, so that the head looks (width - 1) / 2 samples to either side
+    and the middle of the trunk's window stays the middle.
+    """
+
+    def __init__(self, channels: int, hidden: int, width: int):
+        super().__init__()
+        if width % 2 == 0:
+            raise ValueError(f"filter_width: {width} is even; a centred filter needs an odd width")
+        self.layers = nn.Sequential(
+            nn.Conv1d(channels, hidden, width, padding=width // 2),
+            nn.ReLU(),
+            nn.Conv1d(hidden, 1, width, padding=width // 2),
+        )
+
+    def forward(self, hidden_BCT: Tensor, valid_B: Tensor) -> Tensor:
+        """Return one predicted sample per time step: (B, T)."""
+        return self.layers(hidden_BCT).squeeze(1)
+
+
+class PooledClassifier(nn.Module):
+    """Mean over time, then an MLP with one hidden ReLU layer: C -> hidden -> K logits (paper section 3.2.4).
+
+    The mean is over the real samples only, so that zero padding does not change a clip's logits.
+    """
+
+    def __init__(self, channels: int, hidden: int, classes: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, classes)
+        )
+
+    def forward(self, hidden_BCT: Tensor, valid_B: Tensor) -> Tensor:
+        """Return logits (B, K)."""
+        time = torch.arange(hidden_BCT.shape[-1], device=hidden_BCT.device)
+        mask_BT = (time < valid_B[:, None]).to(hidden_BCT.dtype)
+        total_BC = torch.einsum("bct,bt->bc", hidden_BCT, mask_BT)
+        return self.layers(total_BC / valid_B.clamp(min=1)[:, None].to(total_BC.dtype))

@@ -1,0 +1,75 @@
+"""The trunk: a causal, dilated WaveNet without its output stack (paper section 3.2, Table 3).
+
+Shapes: B clips, C channels, T samples. Tested by tests/test_model.py.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def receptive_field(blocks: int, layers: int) -> int:
+    """Number of input samples that an output sample depends on: tau = 1 + N (2^S - 1) (paper section 3.2)."""
+    return 1 + blocks * (2**layers - 1)
+
+
+class ResidualLayer(nn.Module):
+    """h = sigmoid(W_gate * x) . tanh(W_filter * x); x + h (paper section 3.2), kernel 2, causal.
+
+    Filter and gate are one convolution with twice the channels. `project`: a 1x1 convolution of h in the residual path,
+    as in the original WaveNet (van den Oord et al. 2016, section 2.4); the paper's formula has none.
+    """
+
+    def __init__(self, channels: int, dilation: int, project: bool):
+        super().__init__()
+        self.dilation = dilation
+        self.filter_gate = nn.Conv1d(channels, 2 * channels, kernel_size=2, dilation=dilation)
+        self.projection = nn.Conv1d(channels, channels, 1) if project else nn.Identity()
+
+    def forward(self, x_BCT: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (x + h, h)."""
+        past = functional.pad(x_BCT, (self.dilation, 0))
+        filtered, gate = self.filter_gate(past).chunk(2, dim=1)
+        hidden = self.projection(torch.sigmoid(gate) * torch.tanh(filtered))
+        return x_BCT + hidden, hidden
+
+
+class WaveNetTrunk(nn.Module):
+    """1x1 convolution (1 -> C), then N blocks of S residual layers, dilation 1, 2, 4, ... restarted in each block.
+
+    `skip_outputs` returns the sum of all h instead of the last x, as the original WaveNet feeds its output stack.
+    `input_gain` multiplies the first convolution's initial weights: with PyTorch's default (1.0) a quiet wave hardly
+    reaches the curved part of tanh and sigmoid, and training starts slowly.
+    """
+
+    def __init__(
+        self,
+        blocks: int = 3,
+        layers: int = 6,
+        channels: int = 64,
+        residual_projection: bool = False,
+        skip_outputs: bool = False,
+        input_gain: float = 1.0,
+    ):
+        super().__init__()
+        self.channels = channels
+        self.receptive_field = receptive_field(blocks, layers)
+        self.skip_outputs = skip_outputs
+        self.input = nn.Conv1d(1, channels, 1)
+        with torch.no_grad():
+            self.input.weight.mul_(input_gain)
+        self.layers = nn.ModuleList(
+            ResidualLayer(channels, 2**layer, residual_projection)
+            for _ in range(blocks)
+            for layer in range(layers)
+        )
+
+    def forward(self, wave_BT: Tensor) -> Tensor:
+        """Map waves (B, T) in [-1, 1] to features (B, C, T); output t depends on inputs t - tau + 1 .. t."""
+        x = self.input(wave_BT.unsqueeze(1))
+        skips = None
+        for layer in self.layers:
+            x, hidden = layer(x)
+            if self.skip_outputs:
+                skips = hidden if skips is None else skips + hidden
+        return x if skips is None else skips

@@ -1,0 +1,171 @@
+"""What a run shows: TensorBoard, metrics.jsonl with the same numbers, a progress bar or plain lines. Rank 0 only."""
+
+import json
+import sys
+import time
+
+import psutil
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from mtl_dist import pictures
+from mtl_dist.config import Config
+from mtl_dist.evaluation import Evaluation
+from mtl_dist.round import RoundReport
+from mtl_dist.run_folder import RunFolder
+
+PLAIN_LINE_SECONDS = 10.0
+"""Off a terminal, progress is a line at most this often."""
+
+
+class Monitor:
+    """Writes TensorBoard, metrics.jsonl and progress of a run that starts after round `first_round`."""
+
+    def __init__(
+        self, folder: RunFolder, config: Config, first_round: int, rounds: int, per_epoch: float
+    ):
+        self.folder, self.config, self.rounds, self.per_epoch = folder, config, rounds, per_epoch
+        self.writer = SummaryWriter(folder.tensorboard, purge_step=first_round + 1, flush_secs=10)
+        self.lines = open(folder.metrics, "a", encoding="utf-8", buffering=1)
+        self.terminal = sys.stderr.isatty()
+        self.bar: tqdm | None = None
+        self.bar_epoch = -1
+        self.last_line = 0.0
+        self.main_metric: float | None = None
+        self._reset_rates()
+        if first_round == 0:
+            self.writer.add_text("configuration", f"```yaml\n{config.text}\n```", 0)
+
+    def _reset_rates(self) -> None:
+        self.since, self.clips, self.audio_seconds, self.wait = time.perf_counter(), 0.0, 0.0, 0.0
+        self.rounds_seen = 0
+
+    def round(self, number: int, report: RoundReport, rates: dict[str, float], wait: float) -> None:
+        """Take note of round `number` (counted from 1) and write an entry every train.log_every rounds."""
+        self.clips += report.clips
+        self.audio_seconds += report.audio_seconds
+        self.wait += wait
+        self.rounds_seen += 1
+        self._progress(number, report)
+        if number % self.config.train.log_every and number != self.rounds:
+            return
+        seconds = max(time.perf_counter() - self.since, 1e-9)
+        scalars = {"loss/total": report.total, "grad_norm": report.grad_norm}
+        scalars |= {f"loss/{task}": loss for task, loss in report.losses.items()}
+        scalars |= {f"learning_rate/{group}": rate for group, rate in rates.items()}
+        scalars |= {
+            "throughput/clips_per_second": self.clips / seconds,
+            "throughput/audio_seconds_per_second": self.audio_seconds / seconds,
+            "time/seconds_per_round": seconds / self.rounds_seen,
+            "time/data_wait_share": self.wait / seconds,
+        }
+        scalars |= memory()
+        self._write("round", number, scalars)
+        self._reset_rates()
+
+    def validation(
+        self, number: int, result: Evaluation, classes: dict[str, list[str]], main: float
+    ) -> None:
+        """Write a validation's numbers and its confusion matrices."""
+        self.main_metric = main
+        flat = {f"{task}/{n}": v for task, ms in result.numbers().items() for n, v in ms.items()}
+        self._write(
+            "validation", number, {f"validation/{name}": value for name, value in flat.items()}
+        )
+        for task, names in classes.items():
+            if "confusion" in result.metrics[task]:
+                counts = result.metrics[task]["confusion"] * result.clips[task]
+                figure = pictures.confusion_matrix(counts, names, f"{task}, round {number}")
+                self.writer.add_figure(f"confusion/{task}", figure, number)
+        main_name = self.config.train.main_task
+        shown = ", ".join(
+            f"{n} {v:.4g}" for n, v in result.numbers()[main_name].items() if n != "clips"
+        )
+        self.say(f"round {number}: validation {main_name}: {shown}")
+
+    def example(
+        self, number: int, task: str, place: int, waves: dict[str, torch.Tensor], rate: int
+    ) -> None:
+        """Write the waves of an example as sound and as spectrograms."""
+        for what, wave in waves.items():
+            loudest = wave.abs().max().clamp(min=1.0)
+            self.writer.add_audio(f"{task}/clip {place}/{what}", wave[None] / loudest, number, rate)
+        self.writer.add_figure(f"{task}/clip {place}", pictures.spectrograms(waves, rate), number)
+
+    def trouble(self, number: int, kind: str, messages: list[str], total: int) -> None:
+        """Write bad files or skipped rounds: names, and how many so far."""
+        self.writer.add_scalar(f"data/{kind}", total, number)
+        self.writer.add_text(f"data/{kind}", "  \n".join(messages), number)
+        self._line(kind, number, {"messages": messages, "total": total})
+        for message in messages:
+            self.say(f"round {number}: {kind.replace('_', ' ')}: {message}")
+
+    def final(self, results: dict[str, dict[str, dict[str, float]]]) -> None:
+        """Write the hyper-parameters with the final metrics, and close."""
+        flat = {
+            f"{s}/{t}/{m}": v
+            for s, ts in results.items()
+            for t, ms in ts.items()
+            for m, v in ms.items()
+        }
+        simple = {
+            k: v if isinstance(v, int | float | str | bool) else json.dumps(v)
+            for k, v in self.config.flat().items()
+        }
+        self.writer.add_hparams(simple, flat, run_name=".", global_step=self.rounds)
+
+    def say(self, text: str) -> None:
+        """Print a line without breaking the progress bar."""
+        tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """Flush everything."""
+        if self.bar is not None:
+            self.bar.close()
+        self.writer.close()
+        self.lines.close()
+
+    def _write(self, kind: str, number: int, scalars: dict[str, float]) -> None:
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, number)
+        self._line(kind, number, scalars)
+
+    def _line(self, kind: str, number: int, content: dict) -> None:
+        epoch = number / self.per_epoch
+        self.lines.write(
+            json.dumps({"kind": kind, "round": number, "epoch": epoch} | content) + "\n"
+        )
+
+    def _progress(self, number: int, report: RoundReport) -> None:
+        """Advance the epoch's bar on a terminal; elsewhere print a line now and then."""
+        epoch = int((number - 1) / self.per_epoch)
+        shown = {name: f"{loss:.4g}" for name, loss in report.losses.items()}
+        if self.main_metric is not None:
+            shown["validation"] = f"{self.main_metric:.3f}"
+        if self.terminal:
+            if epoch != self.bar_epoch:
+                if self.bar is not None:
+                    self.bar.close()
+                first, last = round(epoch * self.per_epoch), round((epoch + 1) * self.per_epoch)
+                self.bar = tqdm(
+                    total=min(last, self.rounds) - first,
+                    initial=max(0, number - 1 - first),
+                    desc=f"epoch {epoch + 1}",
+                    unit="round",
+                )
+                self.bar_epoch = epoch
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update()
+        elif time.monotonic() - self.last_line >= PLAIN_LINE_SECONDS or number == self.rounds:
+            self.last_line = time.monotonic()
+            losses = ", ".join(f"{name} {value}" for name, value in shown.items())
+            self.say(f"epoch {epoch + 1}, round {number}/{self.rounds}: {losses}")
+
+
+def memory() -> dict[str, float]:
+    """Return memory in GiB of this process, and the peak on its GPU if it has one."""
+    figures = {"memory/process_gib": psutil.Process().memory_info().rss / 2**30}
+    if torch.cuda.is_available():
+        figures["memory/gpu_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return figures

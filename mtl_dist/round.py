@@ -1,0 +1,137 @@
+"""One optimizer step: a round of micro-batches of every task, on every rank.
+
+The gradient is that of sum_i weight_i S_i / N_i, where S_i is the sum of task i's losses and N_i its number of terms, both
+over all ranks and micro-batches: the same for any split of the same clips and for both schedules.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from accelerate import Accelerator
+
+from mtl_dist.runtime import collect, sum_over_ranks
+from mtl_dist.streams.rounds import MicroBatch, Round
+from mtl_dist.tasks.base import Task, TaskBatch
+
+
+@dataclasses.dataclass(kw_only=True)
+class RoundReport:
+    """What happened in a round, over all ranks. `losses` are means per term; `total` is their weighted sum."""
+
+    losses: dict[str, float]
+    counts: dict[str, float]
+    total: float
+    grad_norm: float
+    clips: float
+    audio_seconds: float
+    bad: list[str]
+    stop: bool
+    nonfinite: list[str] = dataclasses.field(default_factory=list)
+    """"task: clip, clip" for every task whose loss is not finite; empty where the step was taken."""
+
+
+def micro_steps(round_: Round, schedule: str) -> list[dict[str, MicroBatch]]:
+    """Split a round into forwards: one task each (round_robin), or all tasks together (joint)."""
+    accumulation = len(next(iter(round_.micro_batches.values())))
+    steps = []
+    for i in range(accumulation):
+        together = {name: batches[i] for name, batches in round_.micro_batches.items()}
+        steps += [together] if schedule == "joint" else [{n: b} for n, b in together.items()]
+    return steps
+
+
+def run_round(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer,
+    tasks: Mapping[str, Task],
+    round_: Round,
+    *,
+    schedule: str,
+    clip_norm: float | None,
+    stop: bool = False,
+) -> RoundReport:
+    """Forward, backward, clip and step; all ranks call it, and skip the step together if a loss is not finite."""
+    names = list(tasks)
+    counts = [sum(tasks[n].count(m.batch) for m in round_.micro_batches[n]) for n in names]
+    extra = [round_.clips, round_.audio_seconds, len(round_.bad), float(stop)]
+    facts = sum_over_ranks(
+        accelerator, torch.tensor([*counts, *extra], dtype=torch.float64)
+    ).tolist()
+    count_of = dict(zip(names, facts, strict=False))
+    clips, audio_seconds, bad, stops = facts[len(names) :]
+
+    sums = dict.fromkeys(names, 0.0)
+    steps = micro_steps(round_, schedule)
+    for i, step in enumerate(steps):
+        batches = {name: micro.batch.to(accelerator.device) for name, micro in step.items()}
+        last = i == len(steps) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            losses = model(batches)
+            accelerator.backward(_scaled(losses, tasks, count_of, accelerator.num_processes))
+        for name, (total, _) in losses.items():
+            sums[name] += total.detach().double().cpu()
+
+    totals = sum_over_ranks(
+        accelerator, torch.tensor([sums[n] for n in names], dtype=torch.float64)
+    )
+    finite = bool(totals.isfinite().all())
+    grad_norm = float("nan")
+    nonfinite: list[str] = []
+    if finite:
+        grad_norm = float(
+            accelerator.clip_grad_norm_(model.parameters(), clip_norm or float("inf"))
+        )
+        if (grad_norm == grad_norm and grad_norm != float("inf")) or accelerator.scaler is not None:
+            optimizer.step()
+        else:
+            nonfinite = [
+                f"gradient of {', '.join(names)}: finite losses, but its norm is {grad_norm}"
+            ]
+    else:
+        found = _name_clips(accelerator, accelerator.unwrap_model(model), round_, sums)
+        nonfinite = collect(accelerator, found)
+    optimizer.zero_grad(set_to_none=True)
+    means = {n: t / max(count_of[n], 1.0) for n, t in zip(names, totals.tolist(), strict=True)}
+    return RoundReport(
+        losses=means,
+        counts=count_of,
+        total=sum(tasks[n].config.weight * mean for n, mean in means.items()),
+        grad_norm=grad_norm,
+        clips=clips,
+        audio_seconds=audio_seconds,
+        bad=collect(accelerator, round_.bad) if bad else [],
+        stop=stops > 0,
+        nonfinite=nonfinite,
+    )
+
+
+def _scaled(losses, tasks: Mapping[str, Task], count_of: Mapping[str, float], ranks: int):
+    """Weighted sum of S / N with the global N; times the ranks, because data-parallel gradients are averaged."""
+    return sum(
+        tasks[name].config.weight * ranks / max(count_of[name], 1.0) * total
+        for name, (total, _) in losses.items()
+    )
+
+
+@torch.no_grad()
+def _name_clips(accelerator, model, round_: Round, sums: Mapping[str, float]) -> list[str]:
+    """Return "task: clips" of this rank's micro-batches with a non-finite loss, judged clip by clip."""
+    found = []
+    for name, total in sums.items():
+        if torch.isfinite(torch.as_tensor(total)):
+            continue
+        guilty = []
+        for micro in round_.micro_batches[name]:
+            for i, clip in enumerate(micro.ids):
+                one = TaskBatch(*(tensor[i : i + 1] for tensor in micro.batch)).to(
+                    accelerator.device
+                )
+                with accelerator.autocast():
+                    loss, _ = model({name: one})[name]
+                if not loss.isfinite():
+                    guilty.append(clip)
+        found.append(f"{name}: {', '.join(guilty) or 'no single clip'}")
+    return found

@@ -1,0 +1,118 @@
+"""The run folder: config.yaml, environment.json, metrics.jsonl, tensorboard/, checkpoints/, results.json."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+from mtl_dist.config import Config, ConfigError, differences
+from mtl_dist.runtime import World
+
+PACKAGES = (
+    "torch",
+    "accelerate",
+    "datasets",
+    "librosa",
+    "soundfile",
+    "soxr",
+    "tensorboard",
+    "numpy",
+    "mtl_dist",
+)
+
+
+class RunFolder:
+    """Paths of a run, and the files that describe it."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.tensorboard = self.path / "tensorboard"
+        self.metrics = self.path / "metrics.jsonl"
+        self.results = self.path / "results.json"
+        self.config = self.path / "config.yaml"
+
+    def open(self, config: Config, world: World, device: torch.device) -> None:
+        """Claim the folder for a run: called by rank 0 before anything is written.
+
+        Raises:
+            ConfigError: it cannot be written, belongs to a run and resume is `no`, or to a run of other settings.
+        """
+        if self.config.exists():
+            changed = differences(config, self.config.read_text(encoding="utf-8"))
+            if config.run.resume == "no":
+                raise ConfigError(
+                    f"run.dir: {self.path} holds a run already; go on with --run.resume auto, or name another folder"
+                )
+            if changed:
+                raise ConfigError(
+                    f"run.dir: {self.path} holds a run of another configuration ({'; '.join(changed)}); name another "
+                    "folder, or take these settings back"
+                )
+        elif self.path.is_dir() and any(self.path.iterdir()):
+            raise ConfigError(
+                f"run.dir: {self.path} is not empty and holds no run; name another folder"
+            )
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.config, config.text)
+            write_atomically(
+                self.path / "environment.json", json.dumps(environment(world, device), indent=2)
+            )
+        except OSError as error:
+            raise ConfigError(
+                f"run.dir: {self.path} cannot be written ({error}); name another folder"
+            ) from error
+
+    def keep_metrics_until(self, round_: int) -> None:
+        """Drop entries of rounds after `round_`, which a resumed run will write again."""
+        if not self.metrics.exists():
+            return
+        lines = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines(keepends=True):
+            if not line.endswith("\n") or json.loads(line)["round"] > round_:
+                break
+            lines.append(line)
+        write_atomically(self.metrics, "".join(lines))
+
+    def save_results(self, results: dict[str, dict[str, dict[str, float]]]) -> None:
+        """Merge {split: {task: {metric: number}}} into results.json."""
+        merged = (
+            json.loads(self.results.read_text(encoding="utf-8")) if self.results.exists() else {}
+        )
+        write_atomically(self.results, json.dumps(merged | results, indent=2) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside, flush to disk, rename: a reader sees the old file or the new one, whole."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def versions() -> dict[str, str]:
+    """Return {package: version} of what a run's numbers depend on."""
+    return {"python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in PACKAGES
+    }
+
+
+def environment(world: World, device: torch.device) -> dict:
+    """Return what the run ran on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    return {
+        "versions": versions(),
+        "command": sys.argv,
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "device": f"{device.type} {name}".strip(),
+        "processes": world.size,
+        "threads": torch.get_num_threads(),
+    }

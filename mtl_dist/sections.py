@@ -1,0 +1,185 @@
+"""The typed sections of the configuration that are not of a task or a corpus. config.py puts all of them together."""
+
+import dataclasses
+from typing import Literal
+
+
+def check(name: str, value: object, allowed: bool, what: str) -> None:
+    """Raise ValueError naming field, value and what is allowed."""
+    if not allowed:
+        raise ValueError(f"{name}: {value!r} is not allowed; use {what}")
+
+
+@dataclasses.dataclass(kw_only=True)
+class RunConfig:
+    """The run as a whole."""
+
+    dir: str | None = None
+    """Run folder for configuration, logs, checkpoints and results; null for runs/<date>-<time>."""
+    seed: int = 0
+    """Seed of the model's initial values and of every draw of the streams."""
+    resume: str = "no"
+    """no: start afresh in a new or empty folder. auto: go on from the newest whole checkpoint in run.dir, if any."""
+    plugins: list[str] = dataclasses.field(default_factory=list)
+    """Python files of your own that register tasks or corpora; imported before anything else is read."""
+
+    def __post_init__(self):
+        check("resume", self.resume, self.resume in ("no", "auto"), "no or auto")
+
+
+@dataclasses.dataclass(kw_only=True)
+class ModelConfig:
+    """The WaveNet trunk (paper section 3.2, Table 3)."""
+
+    blocks: int = 3
+    """Number of blocks N."""
+    layers: int = 6
+    """Residual layers a block S; dilation 1, 2, 4, ... restarts in each block."""
+    channels: int = 64
+    """Units of every layer."""
+    residual_projection: bool = False
+    """A 1x1 convolution in the residual path, as in the original WaveNet; the paper's formula has none."""
+    skip_outputs: bool = False
+    """Heads see the sum of all layers' outputs, as in the original WaveNet, instead of the last layer's."""
+    input_gain: float = 1.0
+    """Factor on the first convolution's initial weights; above 1, quiet input reaches the curved part of the gates."""
+
+    def __post_init__(self):
+        for name in ("blocks", "layers", "channels"):
+            check(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
+
+
+@dataclasses.dataclass(kw_only=True)
+class DataConfig:
+    """How audio is read."""
+
+    sample_rate: int = 16_000
+    """Rate in Hz that everything is resampled to."""
+    crop_seconds: float = 2.0
+    """Length of the random crops (paper section 4.2); shorter clips are zero-padded."""
+    silence_db: float = -60.0
+    """Leading and trailing 20 ms frames below so many dBFS are cut off before cropping."""
+    normalise: Literal["peak", "none"] = "peak"
+    """peak: scale each crop by its largest magnitude. none: leave the level as it is."""
+    workers: int = 2
+    """Processes per rank that prepare rounds ahead; 0 to do it in the training process."""
+    split_seed: int = 0
+    """Seed of what is held out and of the utterances that `hours` takes: the same for runs of different run.seed."""
+    max_bad_share: float = 0.05
+    """Bad files are skipped and named; the run stops when more than this share of the clips read was bad."""
+
+    def __post_init__(self):
+        check("sample_rate", self.sample_rate, self.sample_rate >= 1000, "1000 Hz or more")
+        check("crop_seconds", self.crop_seconds, self.crop_seconds > 0, "more than 0")
+        check("workers", self.workers, self.workers >= 0, "0 or more")
+        check("max_bad_share", self.max_bad_share, 0 <= self.max_bad_share <= 1, "0 to 1")
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainConfig:
+    """The loop."""
+
+    tasks: list[str] = dataclasses.field(default_factory=lambda: ["audio_tagging"])
+    """Tasks to train, by the names of section `tasks`."""
+    main_task: str = "audio_tagging"
+    """The task whose training clips make an epoch and whose validation metric chooses the best checkpoint."""
+    epochs: float = 100.0
+    """Length of the run in passes over the main task's training clips (not stated in the paper)."""
+    rounds: int | None = None
+    """Length of the run in rounds (optimizer steps), instead of epochs."""
+    global_batch: int = 48
+    """Clips of every task in a round, over all ranks (paper section 4.2)."""
+    micro_batch: int | None = None
+    """Clips of a task in one forward on one rank; null for global_batch / ranks. The rest is accumulated."""
+    schedule: Literal["round_robin", "joint"] = "round_robin"
+    """round_robin: a forward and backward per task, memory of one. joint: all tasks in one. The gradient is equal."""
+    mixed_precision: Literal["launcher", "no", "bf16", "fp16"] = "launcher"
+    """Precision of forward and backward; launcher: what accelerate launch --mixed_precision says."""
+    validate_every: int | None = None
+    """Rounds between validations; null for once an epoch."""
+    checkpoint_every: int | None = None
+    """Rounds between checkpoints; null for after every validation."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep, besides the best."""
+    patience: int | None = None
+    """Stop after so many validations in a row without a better main metric; null to go to the end."""
+    log_every: int = 10
+    """Rounds between entries in metrics.jsonl and TensorBoard."""
+    max_nonfinite: int = 5
+    """Rounds with a NaN or infinite loss are skipped by all ranks together; stop after so many in a row."""
+    stop_after_rounds: int | None = None
+    """Save and stop after so many rounds of this session; go on later with --run.resume auto."""
+
+    def __post_init__(self):
+        for name in ("global_batch", "keep_checkpoints", "log_every", "max_nonfinite"):
+            check(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
+        for name in (
+            "rounds",
+            "micro_batch",
+            "validate_every",
+            "checkpoint_every",
+            "patience",
+            "stop_after_rounds",
+        ):
+            value = getattr(self, name)
+            check(name, value, value is None or value >= 1, "1 or more, or null")
+        check("epochs", self.epochs, self.epochs > 0, "more than 0")
+        check("tasks", self.tasks, bool(self.tasks), "at least one task")
+        check("tasks", self.tasks, len(set(self.tasks)) == len(self.tasks), "each task once")
+        check(
+            "main_task",
+            self.main_task,
+            self.main_task in self.tasks,
+            f"one of train.tasks {self.tasks}",
+        )
+
+
+@dataclasses.dataclass(kw_only=True)
+class OptimConfig:
+    """Adam and the trunk's learning rate (paper section 4.2, Table 3); the heads' stand in section `tasks`."""
+
+    learning_rate: float = 3e-4
+    """Adam's learning rate for the trunk."""
+    decay_factor: float = 0.95
+    """The trunk's learning rate is multiplied by this ..."""
+    decay_epochs: int = 5
+    """... every so many epochs."""
+    beta1: float = 0.9
+    """Adam's decay of the gradient's mean."""
+    beta2: float = 0.99
+    """Adam's decay of the gradient's mean square."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    clip_norm: float | None = None
+    """Clip the gradient's global norm to this; null for no clipping, as in the paper."""
+
+    def __post_init__(self):
+        check("learning_rate", self.learning_rate, self.learning_rate >= 0, "0 or more")
+        check("decay_epochs", self.decay_epochs, self.decay_epochs >= 1, "1 or more")
+        for name in ("beta1", "beta2"):
+            check(name, getattr(self, name), 0 <= getattr(self, name) < 1, "0 to below 1")
+        check(
+            "clip_norm",
+            self.clip_norm,
+            self.clip_norm is None or self.clip_norm > 0,
+            "more than 0, or null",
+        )
+
+
+@dataclasses.dataclass(kw_only=True)
+class EvaluationConfig:
+    """Validation and test."""
+
+    max_clips: int | None = None
+    """Evaluate at most so many clips of a task and split, always the same; null for all."""
+    examples: int = 2
+    """Validation clips of each task that go to TensorBoard as sound and picture."""
+
+    def __post_init__(self):
+        check(
+            "max_clips",
+            self.max_clips,
+            self.max_clips is None or self.max_clips >= 1,
+            "1 or more, or null",
+        )
+        check("examples", self.examples, self.examples >= 0, "0 or more")

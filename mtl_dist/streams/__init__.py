@@ -1,0 +1,1 @@
+"""Which clip comes when: keyed draws, endless orders, rounds, the loader."""

@@ -1,0 +1,103 @@
+"""Audio tagging: one label per clip, cross entropy on the mean over time (paper section 3.2.4).
+
+A second labelled task is a subclass with a name of its own and its corpus in `sources`. Evaluated on all windows of a clip
+(class probabilities averaged) and on a single random crop, which is nearest to the paper. K is the number of classes.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mtl_dist.audio.clips import Clip, ClipReader
+from mtl_dist.metrics import average_precision_at_3
+from mtl_dist.models.heads import PooledClassifier
+from mtl_dist.tasks.base import (
+    Keyed,
+    SumCount,
+    Task,
+    TaskBatch,
+    TaskConfig,
+    TaskContext,
+    pad_waves,
+    register_task,
+    valid_lengths,
+)
+
+
+@register_task("audio_tagging")
+class AudioTagging(Task):
+    """Classify a clip into one of the classes of its corpus."""
+
+    best_metric: ClassVar = ("map@3", True)
+
+    @dataclasses.dataclass(kw_only=True)
+    class Config(TaskConfig):
+        """Audio tagging (paper section 3.2.4)."""
+
+        hidden: int = 512
+        """Units of the head's hidden layer (Table 3)."""
+        learning_rate: float = 5.37e-5
+        """Adam's learning rate for the task's head (Table 3)."""
+
+    def __init__(self, config: TaskConfig, context: TaskContext):
+        super().__init__(config, context)
+        corpora = [context.corpora[name] for name in config.sources]
+        self.classes = corpora[0].classes
+        for corpus in corpora:
+            if corpus.classes != self.classes or not self.classes:
+                raise ValueError(
+                    f"tasks.{self.name}.sources: corpus {corpus.name!r} has the classes {corpus.classes}; "
+                    f"a labelled task needs corpora with labels, all with the same classes"
+                )
+
+    def evaluation_clips(self, row: dict, reader: ClipReader, keyed: Keyed) -> list[Clip]:
+        """Return all windows of the row's audio, then one random crop."""
+        return [
+            *reader.windows(row, self.crop_samples),
+            *super().evaluation_clips(row, reader, keyed),
+        ]
+
+    def prepare(self, clips: list[Clip], generator: Keyed) -> TaskBatch:
+        """Inputs are the clips, targets their class indices (0 for an absent clip, which counts for nothing)."""
+        labels = torch.tensor([max(0, clip.label) for clip in clips], dtype=torch.int64)
+        waves = pad_waves([clip.wave for clip in clips], self.crop_samples)
+        return TaskBatch(waves, labels, valid_lengths(clips))
+
+    def build_head(self, channels: int) -> nn.Module:
+        """Return mean over time, hidden ReLU layer, K logits."""
+        return PooledClassifier(channels, self.config.hidden, len(self.classes))
+
+    def count(self, batch: TaskBatch) -> Tensor:
+        """Number of clips that are there."""
+        return (batch.valid > 0).sum().double()
+
+    def loss(self, outputs: Tensor, batch: TaskBatch) -> SumCount:
+        """Sum of the cross entropies of the clips that are there, and their number."""
+        terms = nn.functional.cross_entropy(outputs.float(), batch.targets, reduction="none")
+        return terms.masked_fill(batch.valid == 0, 0.0).sum(), self.count(batch)
+
+    def metrics(self, outputs: Tensor, batch: TaskBatch) -> dict[str, SumCount]:
+        """Score one row: all outputs but the last are its windows, the last is its single crop."""
+        probabilities = outputs.float().softmax(dim=1)
+        label = batch.targets[:1]
+        by_windows = probabilities[:-1].mean(dim=0, keepdim=True)
+        single = probabilities[-1:]
+        one = torch.ones((), device=outputs.device)
+        precision = average_precision_at_3(by_windows, label).sum()
+        truth = nn.functional.one_hot(label[0], len(self.classes)).float()
+        guess = nn.functional.one_hot(by_windows.argmax(), len(self.classes)).float()
+        return {
+            "loss": (-by_windows[0, label[0]].clamp(min=1e-12).log(), one),
+            "map@3": (precision, one),
+            "accuracy": ((by_windows.argmax() == label[0]).float(), one),
+            "map@3_single_crop": (average_precision_at_3(single, label).sum(), one),
+            "accuracy_single_crop": ((single.argmax() == label[0]).float(), one),
+            "map@3_per_class": (precision * truth, truth),
+            "confusion": (torch.outer(truth, guess), one),
+        }
+
+    def class_names(self) -> list[str]:
+        """Return the classes in the order of the logits."""
+        return list(self.classes)

@@ -1,0 +1,156 @@
+"""The contract of a task, and the registry. The loop, the model, the optimizer and TensorBoard know tasks only so.
+
+Shapes: B clips, T samples. A new task is a subclass of Task in a file of its own with @register_task("its_name"); the
+README shows one. Tested by tests/test_tasks.py.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mtl_dist.audio.clips import Clip, ClipReader
+
+if TYPE_CHECKING:
+    from mtl_dist.corpora.base import Corpus
+
+Keyed = Callable[..., np.random.Generator]
+"""keyed(clip id, purpose) -> a fresh generator that depends on nothing but the run's seed, the task, the epoch and these."""
+
+SumCount = tuple[Tensor, Tensor]
+
+
+class TaskBatch(NamedTuple):
+    """What a task's head is trained on: inputs (B, T) float32; targets (B, T) float32 or (B,) int64; valid (B,) int64.
+
+    `valid` is the number of real samples of each clip, the rest is zero padding; 0 marks an absent clip.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    valid: Tensor
+
+    def to(self, device: torch.device | str) -> "TaskBatch":
+        """Return the batch on a device."""
+        return TaskBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+@dataclasses.dataclass(kw_only=True)
+class TaskConfig:
+    """What every task can be told; tasks add fields of their own."""
+
+    sources: list[str] = dataclasses.field(default_factory=list)
+    """Names of the corpora (section `corpora`) whose clips the task hears; it is evaluated on the first."""
+    weight: float = 1.0
+    """Weight alpha of the task's loss in the total loss (paper section 4.2), 0 or more."""
+    learning_rate: float = 5e-3
+    """Adam's learning rate for the task's head."""
+    decay_factor: float = 0.95
+    """The head's learning rate is multiplied by this ... (paper section 4.2)"""
+    decay_epochs: int = 5
+    """... every so many epochs; an epoch is one pass over the main task's training clips."""
+    crop_seconds: float | None = None
+    """Length of this task's crops; null for `data.crop_seconds`."""
+
+    def __post_init__(self):
+        for name, low in (("weight", 0.0), ("learning_rate", 0.0), ("decay_factor", 0.0)):
+            if not getattr(self, name) >= low:
+                raise ValueError(f"{name}: {getattr(self, name)} is not allowed; use {low} or more")
+        if self.decay_epochs < 1:
+            raise ValueError(f"decay_epochs: {self.decay_epochs} is not allowed; use 1 or more")
+        if self.crop_seconds is not None and not self.crop_seconds > 0:
+            raise ValueError(f"crop_seconds: {self.crop_seconds} is not allowed; use more than 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskContext:
+    """What a task may need to know of the rest. `receptive_field` is the trunk's, in samples; `rate` in Hz."""
+
+    corpora: "Mapping[str, Corpus]"
+    rate: int
+    crop_samples: int
+    receptive_field: int
+
+
+class Task:
+    """A task. Subclasses set Config and implement prepare, build_head, count, loss and metrics."""
+
+    Config: ClassVar[type[TaskConfig]] = TaskConfig
+    name: ClassVar[str]
+    best_metric: ClassVar[tuple[str, bool]] = ("loss", False)
+    """What chooses the best checkpoint where this is the main task: (validation metric, whether higher is better)."""
+
+    def __init__(self, config: TaskConfig, context: TaskContext):
+        self.config, self.context = config, context
+        self.crop_samples = (
+            context.crop_samples
+            if config.crop_seconds is None
+            else round(config.crop_seconds * context.rate)
+        )
+
+    def evaluation_clips(self, row: dict, reader: ClipReader, keyed: Keyed) -> list[Clip]:
+        """Return the clips of one row that are evaluated together: by default one crop, always the same."""
+        return [reader.crop(row, self.crop_samples, keyed(row["id"], "crop"))]
+
+    def prepare(self, clips: list[Clip], generator: Keyed) -> TaskBatch:
+        """Turn B clips into a batch; every draw comes from generator(clip.id, purpose)."""
+        raise NotImplementedError
+
+    def build_head(self, channels: int) -> nn.Module:
+        """Return a new head: forward(hidden (B, C, T), valid (B,)) -> outputs."""
+        raise NotImplementedError
+
+    def count(self, batch: TaskBatch) -> Tensor:
+        """Return the number of terms in the batch's loss, from the batch alone: float64 scalar."""
+        raise NotImplementedError
+
+    def loss(self, outputs: Tensor, batch: TaskBatch) -> SumCount:
+        """Return (sum of the loss over all terms, number of terms)."""
+        raise NotImplementedError
+
+    def metrics(self, outputs: Tensor, batch: TaskBatch) -> dict[str, SumCount]:
+        """Return {metric: (sum, count)} for the clips of one row; tensors of any shape, added up over rows."""
+        total, count = self.loss(outputs, batch)
+        return {"loss": (total, count)}
+
+    def showcase(self, outputs: Tensor, batch: TaskBatch) -> dict[str, Tensor]:
+        """Return {what it is: wave (T,)} to listen to and look at, of a batch of one clip."""
+        return {}
+
+    def class_names(self) -> list[str]:
+        """Return the classes of a labelled task, in the order of its logits."""
+        return []
+
+
+TASKS: dict[str, type[Task]] = {}
+
+
+def register_task(name: str) -> Callable[[type[Task]], type[Task]]:
+    """Class decorator: make a task known under `name` to configuration, loop, model, optimizer and TensorBoard."""
+
+    def register(task: type[Task]) -> type[Task]:
+        if name in TASKS and TASKS[name].__qualname__ != task.__qualname__:
+            raise ValueError(f"task {name!r} is registered twice: {TASKS[name]} and {task}")
+        if not name.isidentifier():
+            raise ValueError(f"task name {name!r}: use letters, digits and underscores")
+        task.name = name
+        TASKS[name] = task
+        return task
+
+    return register
+
+
+def pad_waves(waves: list[np.ndarray], samples: int) -> Tensor:
+    """Stack waves of up to `samples` samples into float32 (B, samples), zero-padded at the end."""
+    batch = torch.zeros(len(waves), samples)
+    for row, wave in zip(batch, waves, strict=True):
+        row[: len(wave)] = torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32))
+    return batch
+
+
+def valid_lengths(clips: list[Clip]) -> Tensor:
+    """Return the number of samples of each clip: int64 (B,)."""
+    return torch.tensor([len(clip.wave) for clip in clips], dtype=torch.int64)

@@ -1,0 +1,74 @@
+"""What the self-supervised tasks share: predict a sample for every time step, local in time.
+
+The output at t + delay is compared with the clean sample x[t]. delay = -1 is next-step prediction; delay = (tau - 1)/2
+puts the target in the middle of the trunk's window (paper section 3.2.2). Shapes: B clips, T samples.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from mtl_dist.models.heads import ConvHead
+from mtl_dist.tasks.base import SumCount, Task, TaskBatch, TaskConfig
+
+
+@dataclasses.dataclass(kw_only=True)
+class RegressionConfig(TaskConfig):
+    """A self-supervised task's settings."""
+
+    hidden: int = 128
+    """Units of the head's hidden layer (Table 3)."""
+    filter_width: int = 11
+    """Width of the head's convolutions in samples, odd (Table 3)."""
+
+
+class RegressionTask(Task):
+    """A task whose head predicts the wave `targets` (B, T), `delay` samples late."""
+
+    Config = RegressionConfig
+
+    @property
+    def delay(self) -> int:
+        """How many samples later than the target the output stands: the middle of the trunk's window."""
+        return (self.context.receptive_field - 1) // 2
+
+    def build_head(self, channels: int) -> nn.Module:
+        """Return the two-layer convolutional head."""
+        return ConvHead(channels, self.config.hidden, self.config.filter_width)
+
+    def elementwise(self, estimate: Tensor, target: Tensor) -> Tensor:
+        """Smooth L1 (paper equation 1), its bend at 1; one term per frame."""
+        return nn.functional.smooth_l1_loss(estimate, target, reduction="none")
+
+    def align(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (estimate, target), equally long, so that equal columns belong together."""
+        delay, samples = self.delay, targets.shape[-1]
+        if delay >= 0:
+            return outputs[..., delay:], targets[..., : max(0, samples - delay)]
+        return outputs[..., :delay], targets[..., -delay:]
+
+    def frames(self, batch: TaskBatch) -> Tensor:
+        """Number of compared frames of each clip: int64 (B,)."""
+        samples = batch.inputs.shape[1]
+        if self.delay >= 0:
+            return batch.valid.clamp(max=max(0, samples - self.delay))
+        return (batch.valid + self.delay).clamp(min=0)
+
+    def count(self, batch: TaskBatch) -> Tensor:
+        """Number of compared frames in the batch."""
+        return self.frames(batch).sum().double()
+
+    def loss(self, outputs: Tensor, batch: TaskBatch) -> SumCount:
+        """Sum of the loss over the compared frames, and their number."""
+        estimate, target = self.align(outputs, batch.targets)
+        time = torch.arange(estimate.shape[-1], device=estimate.device)
+        mask = time < self.frames(batch)[:, None]
+        terms = self.elementwise(estimate.float(), target)
+        return terms.masked_fill(~mask, 0.0).sum(), self.count(batch)
+
+    def compared(self, outputs: Tensor, batch: TaskBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (estimate, target, input) of a batch of one clip, its compared frames only: (T',) each."""
+        estimate, target = self.align(outputs, batch.targets)
+        frames = int(self.frames(batch)[0])
+        return estimate[0, :frames].float(), target[0, :frames], batch.inputs[0, :frames]

@@ -1,0 +1,258 @@
+"""The loop: rounds, validation, checkpoints, and when to stop."""
+
+import logging
+import sys
+import time
+from collections.abc import Callable
+
+from accelerate import Accelerator
+
+from mtl_dist import checkpoint
+from mtl_dist.checkpoint import TrainState
+from mtl_dist.evaluation import Evaluation, evaluate, examples
+from mtl_dist.experiment import Experiment, Plan, plan_rounds
+from mtl_dist.monitor import Monitor
+from mtl_dist.optim import make_optimizer, schedules, set_learning_rates
+from mtl_dist.round import RoundReport, run_round
+from mtl_dist.run_folder import RunFolder
+from mtl_dist.runtime import StopRequest, world_of
+from mtl_dist.streams.rounds import RoundStream, make_loader
+from mtl_dist.tables import results_table
+
+log = logging.getLogger("mtl_dist")
+LEAST_CLIPS_JUDGED = 200
+"""The share of bad clips is judged from so many clips on: one bad file among the first ten is no verdict."""
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; the message says why and what to do. Raised by all ranks together."""
+
+
+class Trainer:
+    """One run of one experiment on one process of a world."""
+
+    def __init__(
+        self, experiment: Experiment, accelerator: Accelerator, folder: RunFolder, stop: StopRequest
+    ):
+        self.experiment, self.accelerator = experiment, accelerator
+        self.config, self.folder, self.stop = experiment.config, folder, stop
+        self.main_clips = len(experiment.table(self.config.train.main_task))
+        self.plan: Plan = plan_rounds(self.config, self.main_clips, accelerator.num_processes)
+        self.rates = schedules(
+            self.config.optim, {n: t.config for n, t in experiment.tasks.items()}
+        )
+        self.bare_model = experiment.build_model().to(accelerator.device)
+        optimizer = make_optimizer(self.bare_model, self.config.optim, self.rates)
+        self.model, self.optimizer = accelerator.prepare(self.bare_model, optimizer)
+        self.state = self._resume() or TrainState(positions=dict.fromkeys(experiment.tasks, 0))
+        self.is_main = accelerator.is_main_process
+        metric, self.higher_is_better = experiment.tasks[self.config.train.main_task].best_metric
+        self.best_metric = metric
+        self.monitor: Monitor | None = None
+        if self.is_main:
+            folder.keep_metrics_until(self.state.round)
+            self.monitor = Monitor(
+                folder, self.config, self.state.round, self.plan.rounds, self.plan.rounds_per_epoch
+            )
+
+    def train(self) -> dict[str, dict[str, dict[str, float]]] | None:
+        """Train to the end and return {split: {task: {metric: number}}}, or None if it was asked to stop before.
+
+        Raises:
+            TrainingError: too many bad files, or too many rounds in a row with a non-finite loss.
+        """
+        state, train = self.state, self.config.train
+        rounds = iter(self._loader())
+        first = state.round
+        while state.round < self.plan.rounds:
+            began = time.perf_counter()
+            round_ = next(rounds)
+            waited = time.perf_counter() - began
+            rates = set_learning_rates(self.optimizer, self.rates, self.epoch())
+            report = run_round(
+                self.accelerator,
+                self.model,
+                self.optimizer,
+                self.experiment.tasks,
+                round_,
+                schedule=train.schedule,
+                clip_norm=self.config.optim.clip_norm,
+                stop=self.stop.signal is not None,
+            )
+            self._advance(report)
+            self._on_main(lambda m, r=report, lr=rates, w=waited: m.round(state.round, r, lr, w))
+            self._watch(report)
+            validated = self._due(train.validate_every or max(1, round(self.plan.rounds_per_epoch)))
+            if validated:
+                self._validate()
+            stopping = report.stop or state.round - first == train.stop_after_rounds
+            patient = train.patience is None or state.validations_since_best < train.patience
+            if (
+                stopping
+                or not patient
+                or self._due(train.checkpoint_every)
+                or (validated and not train.checkpoint_every)
+            ):
+                self._save()
+            if stopping and state.round < self.plan.rounds:
+                self._on_main(
+                    lambda m: m.say(
+                        f"stopped after round {state.round}; go on with --run.resume auto"
+                    )
+                )
+                return None
+            if not patient:
+                self._on_main(
+                    lambda m: m.say(f"no better validation in {train.patience}: stopped early")
+                )
+                break
+        return self._finish()
+
+    def epoch(self) -> int:
+        """Return the number of whole passes over the main task's training clips so far."""
+        return self.state.positions[self.config.train.main_task] // self.main_clips
+
+    def close(self) -> None:
+        """Close what is open."""
+        self._on_main(lambda m: m.close())
+
+    def _on_main(self, action: Callable[[Monitor], None]) -> None:
+        if self.monitor is not None:
+            action(self.monitor)
+
+    def _loader(self):
+        stream = RoundStream(
+            tasks=self.experiment.tasks,
+            tables={name: self.experiment.table(name) for name in self.experiment.tasks},
+            reader=self.experiment.reader,
+            seed=self.config.run.seed,
+            world=world_of(self.accelerator),
+            global_batch=self.config.train.global_batch,
+            accumulation=self.plan.accumulation,
+            first_round=self.state.round,
+            positions=self.state.positions,
+        )
+        return make_loader(stream, self.config.data.workers, self.accelerator.device.type == "cuda")
+
+    def _due(self, every: int | None) -> bool:
+        return self.state.round == self.plan.rounds or (
+            bool(every) and self.state.round % every == 0
+        )
+
+    def _advance(self, report: RoundReport) -> None:
+        state = self.state
+        state.round += 1
+        for name in state.positions:
+            state.positions[name] += self.config.train.global_batch
+        state.clips += int(report.clips)
+        state.bad_clips += len(report.bad)
+        state.nonfinite_in_a_row = state.nonfinite_in_a_row + 1 if report.nonfinite else 0
+
+    def _watch(self, report: RoundReport) -> None:
+        """Report bad files and skipped rounds; end the run on all ranks when there are too many."""
+        state, share = self.state, self.config.data.max_bad_share
+        if report.bad:
+            self._on_main(
+                lambda m: m.trouble(state.round, "bad_files", report.bad, state.bad_clips)
+            )
+        if state.clips >= LEAST_CLIPS_JUDGED and state.bad_clips > share * state.clips:
+            raise TrainingError(
+                f"{state.bad_clips} of {state.clips} clips could not be used, more than data.max_bad_share {share}; the "
+                f"last: {report.bad[-1] if report.bad else 'see metrics.jsonl'}. Mend the corpus or allow more"
+            )
+        if report.nonfinite:
+            in_a_row = state.nonfinite_in_a_row
+            self._on_main(
+                lambda m: m.trouble(state.round, "nonfinite_losses", report.nonfinite, in_a_row)
+            )
+            if in_a_row >= self.config.train.max_nonfinite:
+                raise TrainingError(
+                    f"{in_a_row} rounds in a row had a loss that is not finite ({'; '.join(report.nonfinite)}); try a "
+                    "lower learning rate, optim.clip_norm, or another precision, and --run.resume auto"
+                )
+
+    def _validate(self) -> None:
+        result = evaluate(self.accelerator, self.bare_model, self.experiment, "validation")
+        main = self.config.train.main_task
+        if self.best_metric not in result.metrics[main]:
+            return
+        state, value = self.state, float(result.metrics[main][self.best_metric])
+        if state.best is None or (
+            (value > state.best) == self.higher_is_better and value != state.best
+        ):
+            state.best, state.best_round, state.validations_since_best = value, state.round, 0
+        else:
+            state.validations_since_best += 1
+        if self.monitor is not None:
+            classes = {
+                n: t.class_names() for n, t in self.experiment.tasks.items() if t.class_names()
+            }
+            self.monitor.validation(state.round, result, classes, value)
+            number = self.config.evaluation.examples
+            shown = examples(
+                self.accelerator, self.bare_model, self.experiment, "validation", number
+            )
+            for task, place, waves in shown:
+                self.monitor.example(state.round, task, place, waves, self.experiment.reader.rate)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self) -> None:
+        """Write a checkpoint on rank 0; a full disk costs the new one, never the old one nor the run."""
+        scaler = self.accelerator.scaler
+        self.state.scaler = scaler.state_dict() if scaler is not None else None
+        if self.is_main:
+            root = self.folder.checkpoints
+            try:
+                path = checkpoint.save(
+                    root, self.bare_model, self._adam(), self.state, self.config.text, self._about()
+                )
+                if self.state.best_round == self.state.round:
+                    checkpoint.mark_best(root, path)
+                checkpoint.remove_old(root, self.config.train.keep_checkpoints)
+            except OSError as error:
+                log.error("%s; the older checkpoints are kept and training goes on", error)
+        self.accelerator.wait_for_everyone()
+
+    def _adam(self):
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def _about(self) -> dict:
+        """What a user of the weights needs to know, as model.json."""
+        experiment = self.experiment
+        return {
+            "model": vars(self.config.model),
+            "sample_rate": experiment.reader.rate,
+            "receptive_field_samples": self.bare_model.trunk.receptive_field,
+            "tasks": {n: {"classes": t.class_names()} for n, t in experiment.tasks.items()},
+        }
+
+    def _resume(self) -> TrainState | None:
+        whole = (
+            checkpoint.whole_checkpoints(self.folder.checkpoints)
+            if self.config.run.resume == "auto"
+            else []
+        )
+        if not whole:
+            return None
+        state = checkpoint.load(whole[0], self.bare_model, self._adam())
+        if state.scaler is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state.scaler)
+        if self.accelerator.is_main_process:
+            print(f"goes on from {whole[0]} (round {state.round})", file=sys.stderr)
+        return state
+
+    def _finish(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Evaluate the best checkpoint, or the last where none is best; write results.json and the final table."""
+        best = checkpoint.best_checkpoint(self.folder.checkpoints)
+        chosen = best or checkpoint.find(self.folder.path)
+        checkpoint.load_weights(chosen, self.bare_model)
+        results: dict[str, Evaluation] = {
+            split: evaluate(self.accelerator, self.bare_model, self.experiment, split)
+            for split in ("validation", "test")
+        }
+        numbers = {split: result.numbers() for split, result in results.items()}
+        if self.is_main:
+            self.folder.save_results(numbers)
+            self.monitor.final(numbers)
+            self.monitor.say(f"\nresults of {chosen}\n\n{results_table(numbers)}\n")
+        return numbers
