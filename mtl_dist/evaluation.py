@@ -37,6 +37,10 @@ class Evaluation:
             for task, metrics in self.metrics.items()
         }
 
+    def confusion(self, task: str) -> torch.Tensor:
+        """Return how often each class (row) was taken for each class (column): (K, K)."""
+        return (self.metrics[task]["confusion"] * self.clips[task]).round()
+
 
 def fixed_rows(table: datasets.Dataset, limit: int | None, split_seed: int) -> list[int]:
     """Return the row numbers to evaluate: all, or `limit` drawn once and for all by data.split_seed."""

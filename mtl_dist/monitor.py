@@ -75,8 +75,8 @@ class Monitor:
         )
         for task, names in classes.items():
             if "confusion" in result.metrics[task]:
-                counts = result.metrics[task]["confusion"] * result.clips[task]
-                figure = pictures.confusion_matrix(counts, names, f"{task}, round {number}")
+                title = f"{task}, round {number}"
+                figure = pictures.confusion_matrix(result.confusion(task), names, title)
                 self.writer.add_figure(f"confusion/{task}", figure, number)
         main_name = self.config.train.main_task
         shown = ", ".join(

@@ -28,9 +28,13 @@ def results_table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     return format_rows(rows)
 
 
-def per_class_rows(metrics: dict[str, torch.Tensor], classes: list[str]) -> list[tuple]:
-    """Return (class, clips, accuracy, MAP@3, most frequent wrong guess) per class, with a header."""
-    confusion = metrics["confusion_counts"]
+def per_class_rows(
+    confusion: torch.Tensor, map_at_3: torch.Tensor, classes: list[str]
+) -> list[tuple]:
+    """Return (class, clips, accuracy, MAP@3, most frequent wrong guess) per class, with a header.
+
+    `confusion` (K, K) counts truth by guess, `map_at_3` (K,) is the mean over each class' clips.
+    """
     rows: list[tuple] = [("class", "clips", "accuracy", "map@3", "most often taken for")]
     for i, name in enumerate(classes):
         clips = int(confusion[i].sum())
@@ -38,7 +42,7 @@ def per_class_rows(metrics: dict[str, torch.Tensor], classes: list[str]) -> list
         wrong[i] = 0
         other = f"{classes[int(wrong.argmax())]} ({int(wrong.max())})" if wrong.max() > 0 else ""
         accuracy = float(confusion[i, i]) / clips if clips else 0.0
-        precision = float(metrics["map@3_per_class"][i])
+        precision = float(map_at_3[i])
         rows.append((name, str(clips), f"{accuracy:.3f}", f"{precision:.3f}", other))
     return rows
 

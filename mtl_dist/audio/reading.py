@@ -7,6 +7,7 @@ a file are frames at the file's own rate; what is returned is at the wanted rate
 import contextlib
 import io
 import math
+import re
 
 import numpy as np
 import soundfile
@@ -21,6 +22,12 @@ FRAME_SECONDS = 0.02
 MARGIN_SECONDS = 0.02
 """Context read on both sides of a stretch, so that resampling it equals resampling the whole file."""
 
+CUT_SHORT = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
+"""libsndfile's note on a WAV file whose header announces another number of bytes than there are."""
+
+UNKNOWN_LENGTH_BYTES = 0x7FFF_0000
+"""Programs that write WAV to a pipe announce about 2 or 4 GiB; so large a number says nothing."""
+
 
 class BadClipError(ValueError):
     """A file that cannot be used; the message names the file and says why."""
@@ -28,6 +35,10 @@ class BadClipError(ValueError):
     def __init__(self, name: str, reason: str):
         super().__init__(f"{name}: {reason}")
         self.name, self.reason = name, reason
+
+
+class BadFramesError(ValueError):
+    """Frames that cannot be used, before it is known what to call their file."""
 
 
 def clip_name(audio: dict) -> str:
@@ -43,29 +54,47 @@ def open_clip(audio: dict):
         BadClipError: missing, empty, not audio, or broken while it is read inside the `with`.
     """
     name, data = clip_name(audio), audio.get("bytes")
+    if data is None and audio.get("path") is None:
+        raise BadClipError(name, "has neither a path nor bytes")
     try:
-        source = io.BytesIO(data) if data is not None else audio["path"]
-        with soundfile.SoundFile(source) as file:
-            if file.frames < 1:
-                raise BadClipError(name, "holds no samples (zero length)")
-            yield file
-    except (soundfile.LibsndfileError, OSError) as error:
+        file = soundfile.SoundFile(audio["path"] if data is None else io.BytesIO(data))
+    except (soundfile.LibsndfileError, OSError, TypeError) as error:  # TypeError: *.raw
         raise BadClipError(name, f"cannot be read as audio ({error})") from error
+    with file:
+        if file.frames < 1:
+            raise BadClipError(name, "holds no samples (zero length)")
+        _refuse_cut_short(file, name)
+        try:
+            yield file
+        except BadFramesError as error:
+            raise BadClipError(name, str(error)) from error
+        except (soundfile.LibsndfileError, OSError) as error:
+            raise BadClipError(name, f"cannot be read as audio ({error})") from error
+
+
+def _refuse_cut_short(file: soundfile.SoundFile, name: str) -> None:
+    """Raise BadClipError for a WAV file that lost more than 1% of its end; libsndfile reads the rest silently."""
+    note = CUT_SHORT.search(file.extra_info)
+    if note:
+        announced, found = int(note[1]), int(note[2])
+        if announced < UNKNOWN_LENGTH_BYTES and found < 0.99 * announced:
+            raise BadClipError(name, f"is truncated: {found} of {announced} bytes are there")
 
 
 def read_frames(file: soundfile.SoundFile, start: int, frames: int) -> np.ndarray:
-    """Read `frames` frames from `start`, downmixed: float32 (frames,). Raises BadClipError if they are not there."""
+    """Read `frames` frames from `start`, downmixed: float32 (frames,).
+
+    Raises:
+        BadFramesError: they are not there, or not finite; open_clip turns it into a BadClipError with the file's name.
+    """
     file.seek(start)
     samples = file.read(frames, dtype="float32", always_2d=True)
     if len(samples) < frames:
-        raise BadClipError(
-            str(file.name),
-            f"is truncated: {start + len(samples)} of {file.frames} samples could be read",
+        raise BadFramesError(
+            f"is truncated: {start + len(samples)} of {file.frames} samples could be read"
         )
     if not np.isfinite(samples).all():
-        raise BadClipError(
-            str(file.name), f"has NaN or Inf among samples {start} to {start + frames}"
-        )
+        raise BadFramesError(f"has NaN or Inf among samples {start} to {start + frames}")
     return samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
 
 

@@ -4,9 +4,10 @@ A row is {"id", "audio": {"path", "bytes"}, "label", "split"}; audio stays bytes
 it. A new kind of corpus is a dataclass with a `load` and @register_corpus("its_name"). Tested by tests/test_corpora.py.
 """
 
+import csv
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import datasets
@@ -95,13 +96,38 @@ def require_folder(folder: Path, field: str, remedy: str) -> Path:
     return folder
 
 
-def require_columns(path: Path, found: Iterable[str] | None, wanted: Iterable[str]) -> None:
-    """Raise ValueError naming the file and the columns that a CSV lacks."""
-    missing = [column for column in wanted if column not in (found or [])]
-    if missing:
-        raise ValueError(
-            f"{path}: column {', '.join(missing)} is missing; found {list(found or [])}"
-        )
+def read_table(path: Path, columns: Iterable[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield ("FILE, line N", {column: text}) of a CSV file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        ValueError: no such columns, a line with fewer columns, or not a CSV file in UTF-8; the message names the file.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as lines:
+            reader = csv.DictReader(lines)
+            found = list(reader.fieldnames or [])
+            missing = [column for column in columns if column not in found]
+            if missing:
+                raise ValueError(f"{path}: column {', '.join(missing)} is missing; found {found}")
+            for row in reader:
+                where = f"{path}, line {reader.line_num}"
+                short = [column for column in found if row[column] is None]
+                if short:
+                    raise ValueError(f"{where}: the line ends before column {', '.join(short)}")
+                yield where, row
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a CSV file in UTF-8 ({error})") from error
+
+
+def check_classes(classes: list[str], where: str) -> None:
+    """Raise ValueError for two classes that differ in case or spaces only: a slip, not a class of its own."""
+    alike: dict[str, str] = {}
+    for label in classes:
+        other = alike.setdefault(label.strip().casefold(), label)
+        if other != label:
+            raise ValueError(
+                f"{where}: the labels {other!r} and {label!r} differ in case or spaces only; write them alike"
+            )
 
 
 def require_label(label: str | None, classes: list[str], where: str) -> str:

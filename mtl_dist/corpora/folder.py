@@ -3,7 +3,6 @@
 In a folder, ROOT/LABEL/**/clip.wav gives labels by folder name (labelled: true), and any depth will do without labels.
 """
 
-import csv
 import dataclasses
 from pathlib import Path
 
@@ -11,9 +10,10 @@ from mtl_dist.corpora.base import (
     AUDIO_SUFFIXES,
     SPLITS,
     Corpus,
+    check_classes,
     make_corpus,
+    read_table,
     register_corpus,
-    require_columns,
     require_folder,
     require_label,
     stratified_share,
@@ -70,6 +70,7 @@ class Folder:
                     else "train"
                 )
         classes = sorted({row["label"] for row in rows if row["label"] and row["split"] == "train"})
+        check_classes(classes, f"corpora.{name}, {self.manifest or self.root}")
         for row in rows:
             if row["label"]:
                 require_label(
@@ -78,8 +79,9 @@ class Folder:
         return make_corpus(name, rows, classes, missing)
 
     def _from_folder(self, name: str) -> list[dict]:
-        root = require_folder(Path(self.root), f"corpora.{name}.root", "set it to your audio")
-        paths = [p for p in sorted(root.rglob("*")) if p.suffix.lower() in AUDIO_SUFFIXES]
+        root = require_folder(Path(self.root).expanduser(), f"corpora.{name}.root", "set it to your audio")
+        paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES)
+        paths = [path for path in paths if path.is_file()]
         rows = []
         for path in paths:
             parts = path.relative_to(root).parts
@@ -94,29 +96,23 @@ class Folder:
         return rows
 
     def _from_manifest(self, name: str) -> tuple[list[dict], list[str]]:
-        table = Path(self.manifest)
+        table = Path(self.manifest).expanduser()
         if not table.is_file():
             raise ValueError(f"corpora.{name}.manifest: the file {table} does not exist")
-        root = Path(self.root) if self.root is not None else table.parent
-        rows, missing = [], []
-        with open(table, newline="", encoding="utf-8") as lines:
-            reader = csv.DictReader(lines)
-            require_columns(table, reader.fieldnames, ["path"])
-            labelled = "label" in reader.fieldnames
-            for row in reader:
-                where = f"{table}, line {reader.line_num}"
-                if labelled and not row["label"]:
-                    raise ValueError(f"{where}, column label: empty; every clip needs a label")
-                split = row.get("split") or None
-                if split not in (None, *SPLITS):
-                    raise ValueError(
-                        f"{where}, column split: {split!r} (allowed: {', '.join(SPLITS)})"
-                    )
-                path, clip = root / row["path"], f"{name}/{row['path']}"
-                if path.is_file():
-                    rows.append(
-                        {"id": clip, "path": path, "label": row.get("label"), "split": split}
-                    )
-                else:
-                    missing.append(str(path))
+        root = Path(self.root).expanduser() if self.root is not None else table.parent
+        rows, missing, seen = [], [], set()
+        for where, row in read_table(table, ["path"]):
+            if "label" in row and not row["label"]:
+                raise ValueError(f"{where}, column label: empty; every clip needs a label")
+            split = row.get("split") or None
+            if split not in (None, *SPLITS):
+                raise ValueError(f"{where}, column split: {split!r} (allowed: {', '.join(SPLITS)})")
+            path, clip = root / row["path"], f"{name}/{row['path']}"
+            if clip in seen:
+                raise ValueError(f"{where}: {row['path']} stands twice")
+            seen.add(clip)
+            if path.is_file():
+                rows.append({"id": clip, "path": path, "label": row.get("label"), "split": split})
+            else:
+                missing.append(str(path))
         return rows, missing

@@ -4,16 +4,16 @@ ROOT/FSDKaggle2018.audio_train/*.wav   ROOT/FSDKaggle2018.meta/train_post_compet
 ROOT/FSDKaggle2018.audio_test/*.wav    ROOT/FSDKaggle2018.meta/test_post_competition_scoring_clips.csv
 """
 
-import csv
 import dataclasses
 import os
 from pathlib import Path
 
 from mtl_dist.corpora.base import (
     Corpus,
+    check_classes,
     make_corpus,
+    read_table,
     register_corpus,
-    require_columns,
     require_folder,
     require_label,
     stratified_share,
@@ -45,6 +45,7 @@ class FSDKaggle2018:
         root = resolve_root(self.root, name, "FSDKaggle2018")
         train, missing_train = _read_table(root, "train", None, name)
         classes = sorted(set(train.values()))
+        check_classes(classes, f"corpora.{name}, {TABLES['train']}")
         test, missing_test = _read_table(root, "test", classes, name)
         validation = stratified_share(train, self.validation_share, split_seed, name, "validation")
         rows = []
@@ -70,16 +71,16 @@ def _read_table(
         raise ValueError(f"{field}: the file {table} does not exist; {remedy}")
     there = {entry.name for entry in os.scandir(folder)}
     labels, missing = {}, []
-    with open(table, newline="", encoding="utf-8") as lines:
-        reader = csv.DictReader(lines)
-        require_columns(table, reader.fieldnames, ["fname", "label"])
-        for row in reader:
-            label, where = row["label"], f"{table}, line {reader.line_num}, column label"
-            if not label:
-                raise ValueError(f"{where}: empty; every clip needs a label")
-            if row["fname"] in labels:
-                raise ValueError(f"{table}, line {reader.line_num}: {row['fname']} stands twice")
-            labels[row["fname"]] = require_label(label, classes, where) if classes else label
+    for where, row in read_table(table, ["fname", "label"]):
+        label = row["label"]
+        if not label:
+            raise ValueError(f"{where}, column label: empty; every clip needs a label")
+        if row["fname"] in labels:
+            raise ValueError(f"{where}: {row['fname']} stands twice")
+        known = require_label(label, classes, f"{where}, column label") if classes else label
+        labels[row["fname"]] = known
+    if not labels:
+        raise ValueError(f"{table}: holds no clips")
     for fname in [fname for fname in labels if fname not in there]:
         missing.append(str(folder / fname))
         del labels[fname]

@@ -44,7 +44,11 @@ class LibriSpeech:
 
     def load(self, name: str, split_seed: int) -> Corpus:
         """List the utterances. Raises ValueError naming the folder or split that is wrong."""
-        root = resolve_root(self.root, name, "LibriSpeech")
+        root = require_folder(
+            resolve_root(self.root, name, "LibriSpeech"),
+            f"corpora.{name}.root",
+            "point it at the folder LibriSpeech of the unpacked archives",
+        )
         files: dict[str, Path] = {}
         for split in self.splits:
             folder = require_folder(

@@ -37,7 +37,7 @@ def resolve_root(root: str | None, name: str, folder: str) -> Path:
             f"corpora.{name}.root: not set, but a task hears this corpus; set it to the folder of the unpacked corpus, "
             f"or to {SYNTHETIC!r} for a small made-up stand-in"
         )
-    return synthesise() / folder if root == SYNTHETIC else Path(root)
+    return synthesise() / folder if root == SYNTHETIC else Path(root).expanduser()
 
 
 def synthesise() -> Path:
