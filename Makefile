@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 	touch $@
 
 demo: .venv/installed
-	$(BIN)/accelerate launch --config_file launch_configs/one_cpu.yaml mtl_dist/train.py
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no mtl_dist/train.py
 
 test: .venv/installed
 	$(BIN)/ruff check .

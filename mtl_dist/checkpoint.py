@@ -104,6 +104,8 @@ def broken(path: Path) -> str | None:
     try:
         sizes = json.loads((path / MARKER).read_text(encoding="utf-8"))
     except ValueError:
+        sizes = None
+    if not isinstance(sizes, dict) or not sizes:
         return f"its {MARKER} marker is damaged"
     for name, size in sizes.items():
         found = (path / name).stat().st_size if (path / name).is_file() else 0
@@ -126,8 +128,10 @@ def best_checkpoint(root: Path) -> Path | None:
     return path if path.is_dir() else None
 
 
-def find(path: Path) -> Path:
-    """Return the checkpoint meant by a checkpoint folder or a run folder (its best, else its newest).
+def find(path: Path, which: str = "best") -> Path:
+    """Return the checkpoint meant by a checkpoint folder, or the best or last of a run folder.
+
+    Where no checkpoint is marked best, or it is broken, the newest whole one is taken.
 
     Raises:
         ValueError: there is none, or it is broken.
@@ -138,7 +142,7 @@ def find(path: Path) -> Path:
             raise ValueError(f"checkpoint {path}: {problem}")
         return path
     root = path / "checkpoints"
-    best = best_checkpoint(root)
+    best = best_checkpoint(root) if which == "best" else None
     if best is not None and broken(best) is None:
         return best
     whole = whole_checkpoints(root)

@@ -15,9 +15,9 @@ from mtl_dist import checkpoint, pictures
 from mtl_dist.config import ConfigError, load_config
 from mtl_dist.corpora.base import SPLITS
 from mtl_dist.evaluation import Evaluation, evaluate
-from mtl_dist.experiment import Experiment, build_experiment
+from mtl_dist.experiment import Experiment, build_together
 from mtl_dist.run_folder import RunFolder
-from mtl_dist.runtime import start
+from mtl_dist.runtime import LaunchError, start
 from mtl_dist.tables import format_rows, per_class_rows, results_table
 
 
@@ -32,7 +32,10 @@ def add_evaluate(commands) -> None:
     command.add_argument(
         "checkpoint",
         type=Path,
-        help="run folder (its best checkpoint, else its newest) or checkpoint folder",
+        help="checkpoint folder, or run folder",
+    )
+    command.add_argument(
+        "--which", choices=("best", "last"), default="best", help="of a run folder (default: best)"
     )
     command.add_argument(
         "--split", choices=SPLITS, default="test", help="what to score (default: test)"
@@ -47,12 +50,11 @@ def add_evaluate(commands) -> None:
 
 def run_evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     """Evaluate, print the tables and write results.json, CSVs and pictures. Raises ValueError for a wrong path."""
-    path = checkpoint.find(options.checkpoint)
+    path = checkpoint.find(options.checkpoint, options.which)
     config = load_config(["--config", str(path / "config.yaml"), *overrides])
     accelerator = start(config.train.mixed_precision)
     try:
-        with accelerator.local_main_process_first():
-            experiment = build_experiment(config)
+        experiment = build_together(accelerator, config)
         model = experiment.build_model().to(accelerator.device)
         checkpoint.load_weights(path, model)
         result = evaluate(accelerator, model, experiment, options.split)
@@ -95,7 +97,7 @@ def main(words: list[str] | None = None) -> None:
     options, overrides = parser.parse_known_args(words)
     try:
         options.act(options, overrides)
-    except (ConfigError, ValueError) as error:
+    except (ConfigError, LaunchError, ValueError) as error:
         sys.exit(f"error: {error}")
 
 

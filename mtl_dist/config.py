@@ -6,15 +6,20 @@ override: `--section.field value`. `--print_config` shows everything, `--help` e
 
 import dataclasses
 import difflib
-import importlib.util
 import re
-import sys
-from pathlib import Path
 
 import jsonargparse
 import yaml
 
 from mtl_dist.corpora import CORPORA
+from mtl_dist.preparse import (
+    DEFAULT_RECIPE,
+    ConfigError,
+    import_plugin,
+    name_recipe,
+    plugins_of,
+    recipe_names,
+)
 from mtl_dist.sections import (
     DataConfig,
     EvaluationConfig,
@@ -26,8 +31,6 @@ from mtl_dist.sections import (
 )
 from mtl_dist.tasks import TASKS, TaskConfig
 
-RECIPES = Path(__file__).parent / "recipes"
-DEFAULT_RECIPE = "demo"
 SECTIONS = {
     "run": RunConfig,
     "train": TrainConfig,
@@ -55,14 +58,14 @@ FREE_TO_CHANGE = {
     "data.max_bad_share",
     "evaluation.max_clips",
     "evaluation.examples",
+    "evaluation.checkpoint",
 }
 """Fields that may differ when a run goes on: they do not change what is learned from a given round."""
 
+PLACES = (".root", ".manifest")
+"""Endings of fields that say where a corpus lies: it may have moved."""
+
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-
-class ConfigError(ValueError):
-    """A mistake in the configuration; the message names field, value and remedy."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -105,11 +108,6 @@ def build_parser() -> jsonargparse.ArgumentParser:
     return parser
 
 
-def recipe_names() -> list[str]:
-    """Return the names of the recipes that come with the package."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
 def load_config(words: list[str]) -> Config:
     """Parse command-line words into a checked Config.
 
@@ -117,15 +115,15 @@ def load_config(words: list[str]) -> Config:
         ConfigError: an unknown field, a wrong value, or fields that do not fit together.
         SystemExit: after --help or --print_config.
     """
-    words = _name_recipe(words)
-    for plugin in _plugins(words):
+    words = name_recipe(words)
+    for plugin in plugins_of(words):
         import_plugin(plugin)
     parser = build_parser()
     try:
         parsed = parser.parse_args(words)
     except (jsonargparse.ArgumentError, TypeError) as error:
         raise ConfigError(_explain(str(error), parser)) from None
-    text = parser.dump(parsed, skip_none=False)
+    text = parser.dump(parsed, skip_unset=False)
     values = yaml.safe_load(text)
     sections = {name: _make(kind, parsed[name], name) for name, kind in SECTIONS.items()}
     corpora = {n: _make(k, parsed["corpora"][n], f"corpora.{n}") for n, k in CORPORA.items()}
@@ -156,12 +154,20 @@ def _check_together(config: Config) -> None:
                 f"tasks.{name}.sources: is empty, so the task has nothing to hear; name corpora "
                 f"({', '.join(config.corpora)}) or take the task out of train.tasks"
             )
-        for corpus in [*task.sources, *([task.noise] if hasattr(task, "noise") else [])]:
+        heard = [("sources", corpus) for corpus in task.sources]
+        heard += [("noise", task.noise)] if hasattr(task, "noise") else []
+        for field, corpus in heard:
             if corpus not in config.corpora:
                 raise ConfigError(
-                    f"tasks.{name}.sources: unknown corpus {corpus!r}{_nearest(corpus, config.corpora)} "
+                    f"tasks.{name}.{field}: unknown corpus {corpus!r}{_nearest(corpus, config.corpora)} "
                     f"(known: {', '.join(config.corpora)})"
                 )
+    main = config.train.main_task
+    if main not in config.train.tasks:
+        raise ConfigError(
+            f"train.main_task: {main!r} is not among train.tasks{_nearest(main, config.train.tasks)} "
+            f"(allowed: {', '.join(config.train.tasks)})"
+        )
 
 
 def differences(config: Config, saved_text: str) -> list[str]:
@@ -170,7 +176,7 @@ def differences(config: Config, saved_text: str) -> list[str]:
     return [
         f"{key}: {saved.get(key)!r} -> {now.get(key)!r}"
         for key in sorted({*saved, *now} - FREE_TO_CHANGE)
-        if saved.get(key) != now.get(key)
+        if saved.get(key) != now.get(key) and not key.endswith(PLACES)
     ]
 
 
@@ -183,67 +189,29 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def import_plugin(path: str) -> None:
-    """Import a Python file that registers tasks or corpora. Raises ConfigError if it is not there."""
-    file = Path(path).resolve()
-    if not file.is_file():
-        raise ConfigError(f"run.plugins: the file {file} does not exist")
-    name = f"mtl_dist_plugin_{file.stem}"
-    if name in sys.modules:
-        return
-    spec = importlib.util.spec_from_file_location(name, file)
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
-
-
-def _name_recipe(words: list[str]) -> list[str]:
-    """Replace the name of a recipe by its file, and add the default recipe where none is given."""
-    words = [
-        part
-        for word in words
-        for part in (word.split("=", 1) if word.startswith("--config=") else [word])
-    ]
-    if "--config" not in words:
-        return ["--config", str(RECIPES / f"{DEFAULT_RECIPE}.yaml"), *words]
-    for place, word in enumerate(words[:-1]):
-        if word == "--config" and words[place + 1] in recipe_names():
-            words[place + 1] = str(RECIPES / f"{words[place + 1]}.yaml")
-        elif word == "--config" and not Path(words[place + 1]).is_file():
-            raise ConfigError(
-                f"--config: {words[place + 1]} is neither a file nor a recipe ({', '.join(recipe_names())})"
-            )
-    return words
-
-
-def _plugins(words: list[str]) -> list[str]:
-    """Find run.plugins in the recipe and the words, before the parser that needs them exists."""
-    found: list[str] = []
-    for place, word in enumerate(words):
-        following = words[place + 1] if place + 1 < len(words) else ""
-        if word == "--config":
-            tree = yaml.safe_load(Path(following).read_text(encoding="utf-8"))
-            if not isinstance(tree, dict):
-                raise ConfigError(f"--config: {following} holds no sections; see --print_config")
-            found = (tree.get("run") or {}).get("plugins") or found
-        elif word.startswith("--run.plugins"):
-            value = yaml.safe_load(word.split("=", 1)[1] if "=" in word else following)
-            found = value if isinstance(value, list) else [value]
-    return found
+FIELD_NOT_KNOWN = (
+    r"unrecognized arguments: --([\w.@]+)",
+    r"Option '([\w.]+)' is not accepted",
+    r"Group '(?P<group>[\w.]+)' does not accept option '(?P<option>[\w.]+)'",
+    r"""accept nested key ['"]([\w.@]+)['"]""",
+)
+"""How the parser says that it does not know a field, on the command line and in a recipe."""
 
 
 def _explain(message: str, parser: jsonargparse.ArgumentParser) -> str:
-    """Add "did you mean" to a parser's message about an unknown field."""
+    """Put a parser's message into plain words, and add "did you mean" where it is about an unknown field."""
+    message = re.sub(r'Parser key "([\w.]+)":\s*', r"\1: ", message)
+    message = re.sub(r"an? <class '(\w+)'>", r"\1", message).replace("a typing.Literal", "one of ")
+    if message.endswith("Got value: False"):
+        message += "; YAML reads an unquoted no as false: write 'no'"
+    found = next(filter(None, (re.search(pattern, message) for pattern in FIELD_NOT_KNOWN)), None)
     known = list(flatten(parser.get_defaults().as_dict()))
-    unknown = re.search(r"unrecognized arguments: --([\w.@]+)", message) or re.search(
-        r"""[Kk]ey ['"]([\w.@]+)['"] (?:is not expected|.*not)""", message
-    )
-    nested = re.search(r"""accept nested key ['"]([\w.@]+)['"]""", message)
-    name = nested[1] if nested else unknown[1] if unknown else None
+    name = ".".join(found.groups()) if found else None
     if name is None or name in known:
         return message
     short = {key.split(".")[-1]: key for key in known}
-    near = difflib.get_close_matches(name, known, n=1) or [
-        short[key] for key in difflib.get_close_matches(name.split(".")[-1], short, n=1)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7) or [
+        short[key] for key in difflib.get_close_matches(name.split(".")[-1], short, n=1, cutoff=0.7)
     ]
     return f"{message}; did you mean {near[0]!r}?" if near else message
 

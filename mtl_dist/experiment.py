@@ -2,15 +2,18 @@
 
 import dataclasses
 import math
+import sys
 
 import datasets
 import torch
+from accelerate import Accelerator
 
 from mtl_dist.audio.clips import ClipReader
 from mtl_dist.config import Config, ConfigError
 from mtl_dist.corpora import Corpus
 from mtl_dist.models.multitask import MultitaskModel
 from mtl_dist.models.wavenet import WaveNetTrunk, receptive_field
+from mtl_dist.runtime import collect
 from mtl_dist.tasks import TASKS, Task, TaskContext
 
 
@@ -70,7 +73,7 @@ def build_experiment(config: Config) -> Experiment:
             receptive_field=receptive_field(config.model.blocks, config.model.layers),
         )
         tasks = {n: TASKS[n](config.tasks[n], context) for n in config.train.tasks}
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
     reader = ClipReader(
         rate=config.data.sample_rate,
@@ -84,6 +87,28 @@ def build_experiment(config: Config) -> Experiment:
                 f"tasks.{name}.sources: {tasks[name].config.sources} hold no training clips"
             )
     return experiment
+
+
+def build_together(accelerator: Accelerator, config: Config) -> Experiment:
+    """Build the experiment on the first process of every node, which may have to make corpora, then on the others."""
+    experiment, problem = None, []
+    for first in (True, False):
+        if accelerator.is_local_main_process == first and not problem:
+            try:
+                experiment = build_experiment(config)
+            except ConfigError as error:
+                problem = [str(error)]
+        raise_together(accelerator, problem)
+    return experiment
+
+
+def raise_together(accelerator: Accelerator, problem: list[str]) -> None:
+    """End all ranks if any has a problem, so that none waits for it: rank 0 says it, the others are silent."""
+    problem = collect(accelerator, problem)
+    if problem and not accelerator.is_main_process:
+        sys.exit(1)
+    if problem:
+        raise ConfigError(problem[0])
 
 
 def _check_missing(corpora: dict[str, Corpus], max_bad_share: float) -> None:

@@ -1,6 +1,7 @@
 """What a run shows: TensorBoard, metrics.jsonl with the same numbers, a progress bar or plain lines. Rank 0 only."""
 
 import json
+import shutil
 import sys
 import time
 
@@ -32,7 +33,7 @@ class Monitor:
         self.bar: tqdm | None = None
         self.bar_epoch = -1
         self.last_line = 0.0
-        self.main_metric: float | None = None
+        self.validated: dict[str, float] = {}
         self._reset_rates()
         if first_round == 0:
             self.writer.add_text("configuration", f"```yaml\n{config.text}\n```", 0)
@@ -65,24 +66,25 @@ class Monitor:
         self._reset_rates()
 
     def validation(
-        self, number: int, result: Evaluation, classes: dict[str, list[str]], main: float
+        self, number: int, result: Evaluation, classes: dict[str, list[str]], best_metric: str
     ) -> None:
-        """Write a validation's numbers and its confusion matrices."""
-        self.main_metric = main
+        """Write a validation's numbers and its confusion matrices; show the main task's `best_metric` from now on."""
+        main = self.config.train.main_task
+        self.validated = {best_metric: float(result.metrics[main][best_metric])}
         flat = {f"{task}/{n}": v for task, ms in result.numbers().items() for n, v in ms.items()}
         self._write(
             "validation", number, {f"validation/{name}": value for name, value in flat.items()}
         )
+        if result.bad:
+            self._note(number, "bad_files_in_validation", result.bad, len(result.bad))
         for task, names in classes.items():
             if "confusion" in result.metrics[task]:
                 title = f"{task}, round {number}"
                 figure = pictures.confusion_matrix(result.confusion(task), names, title)
                 self.writer.add_figure(f"confusion/{task}", figure, number)
-        main_name = self.config.train.main_task
-        shown = ", ".join(
-            f"{n} {v:.4g}" for n, v in result.numbers()[main_name].items() if n != "clips"
-        )
-        self.say(f"round {number}: validation {main_name}: {shown}")
+        numbers = result.numbers()[main].items()
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers if name != "clips")
+        self.say(f"round {number}: validation {main}: {shown}")
 
     def example(
         self, number: int, task: str, place: int, waves: dict[str, torch.Tensor], rate: int
@@ -95,9 +97,7 @@ class Monitor:
 
     def trouble(self, number: int, kind: str, messages: list[str], total: int) -> None:
         """Write bad files or skipped rounds: names, and how many so far."""
-        self.writer.add_scalar(f"data/{kind}", total, number)
-        self.writer.add_text(f"data/{kind}", "  \n".join(messages), number)
-        self._line(kind, number, {"messages": messages, "total": total})
+        self._note(number, kind, messages, total)
         for message in messages:
             self.say(f"round {number}: {kind.replace('_', ' ')}: {message}")
 
@@ -126,6 +126,11 @@ class Monitor:
         self.writer.close()
         self.lines.close()
 
+    def _note(self, number: int, kind: str, messages: list[str], total: int) -> None:
+        self.writer.add_scalar(f"data/{kind}", total, number)
+        self.writer.add_text(f"data/{kind}", "  \n".join(messages), number)
+        self._line(kind, number, {"messages": messages, "total": total})
+
     def _write(self, kind: str, number: int, scalars: dict[str, float]) -> None:
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, number)
@@ -140,9 +145,9 @@ class Monitor:
     def _progress(self, number: int, report: RoundReport) -> None:
         """Advance the epoch's bar on a terminal; elsewhere print a line now and then."""
         epoch = int((number - 1) / self.per_epoch)
-        shown = {name: f"{loss:.4g}" for name, loss in report.losses.items()}
-        if self.main_metric is not None:
-            shown["validation"] = f"{self.main_metric:.3f}"
+        shown = {name: f"{value:.3f}" for name, value in self.validated.items()}
+        shown |= {"loss": f"{report.total:.4g}"}
+        shown |= {name: f"{loss:.4g}" for name, loss in report.losses.items()}
         if self.terminal:
             if epoch != self.bar_epoch:
                 if self.bar is not None:
@@ -153,6 +158,7 @@ class Monitor:
                     initial=max(0, number - 1 - first),
                     desc=f"epoch {epoch + 1}",
                     unit="round",
+                    ncols=shutil.get_terminal_size().columns,
                 )
                 self.bar_epoch = epoch
             self.bar.set_postfix(shown, refresh=False)

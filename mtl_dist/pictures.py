@@ -6,10 +6,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib import mlab
 from matplotlib.figure import Figure
 
-DYNAMIC_RANGE_DB = 80.0
-"""Spectrograms show this much below their loudest point."""
+WINDOW = 512
+"""Window of spectrograms in samples."""
+
+LOUDEST_DB, DYNAMIC_RANGE_DB = -40.0, 80.0
+"""Spectrograms show powers from LOUDEST_DB (dB of full scale per Hz) down to this much below."""
 
 
 def spectrograms(waves: dict[str, torch.Tensor], rate: int) -> Figure:
@@ -17,17 +21,16 @@ def spectrograms(waves: dict[str, torch.Tensor], rate: int) -> Figure:
     figure, axes = plt.subplots(
         len(waves), 1, figsize=(7, 2.1 * len(waves)), sharex=True, sharey=True, layout="constrained"
     )
-    window = np.hanning(512)
     for axis, (what, wave) in zip(np.atleast_1d(axes), waves.items(), strict=True):
-        samples = np.pad(wave.numpy(), (0, max(0, 512 - len(wave))))
-        _, _, _, image = axis.specgram(
-            samples + 1e-9,
-            NFFT=512,
-            noverlap=384,
-            Fs=rate,
-            window=window,
-            vmin=-40 - DYNAMIC_RANGE_DB,
-            vmax=-40,
+        samples = np.pad(wave.numpy(), (0, max(0, WINDOW - len(wave))))
+        power, hertz, _ = mlab.specgram(samples, NFFT=WINDOW, noverlap=WINDOW * 3 // 4, Fs=rate)
+        image = axis.imshow(
+            10 * np.log10(np.maximum(power, 1e-15)),
+            extent=(0, len(samples) / rate, hertz[0], hertz[-1]),
+            origin="lower",
+            aspect="auto",
+            vmin=LOUDEST_DB - DYNAMIC_RANGE_DB,
+            vmax=LOUDEST_DB,
         )
         axis.set_ylabel("Hz")
         axis.set_title(what, loc="left", fontsize=9)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+import yaml
 
 from mtl_dist.config import Config, ConfigError, differences
 from mtl_dist.runtime import World
@@ -43,7 +44,12 @@ class RunFolder:
             ConfigError: it cannot be written, belongs to a run and resume is `no`, or to a run of other settings.
         """
         if self.config.exists():
-            changed = differences(config, self.config.read_text(encoding="utf-8"))
+            try:
+                changed = differences(config, self.config.read_text(encoding="utf-8"))
+            except (yaml.YAMLError, AttributeError, ValueError, OSError) as error:
+                raise ConfigError(
+                    f"run.dir: {self.config} is damaged ({error}); name another folder"
+                ) from error
             if config.run.resume == "no":
                 raise ConfigError(
                     f"run.dir: {self.path} holds a run already; go on with --run.resume auto, or name another folder"
@@ -58,8 +64,9 @@ class RunFolder:
                 f"run.dir: {self.path} is not empty and holds no run; name another folder"
             )
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.config, config.text)
+            self.checkpoints.mkdir(exist_ok=True)
             write_atomically(
                 self.path / "environment.json", json.dumps(environment(world, device), indent=2)
             )

@@ -20,20 +20,29 @@ class World:
     size: int = 1
 
 
+class LaunchError(RuntimeError):
+    """The processes were not launched as they must be; the message says how to."""
+
+
 def start(mixed_precision: str) -> Accelerator:
     """Create the Accelerator and make sure that the world is the one that was launched.
 
     `mixed_precision` is no, bf16, fp16, or launcher for what accelerate launch says.
 
     Raises:
-        RuntimeError: the launcher started more processes than have found each other.
+        LaunchError: the launcher started more processes than have found each other, or the precision cannot be had.
     """
     cpu = not torch.cuda.is_available()
     wanted = None if mixed_precision == "launcher" else mixed_precision
-    accelerator = Accelerator(cpu=cpu, mixed_precision=wanted)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        accelerator = Accelerator(cpu=cpu, mixed_precision=wanted)
+    except ValueError as error:
+        raise LaunchError(
+            f"{error} (WORLD_SIZE {launched}, mixed precision {mixed_precision})"
+        ) from error
     if accelerator.num_processes != launched:
-        raise RuntimeError(
+        raise LaunchError(
             f"the launcher started {launched} processes, but this one found {accelerator.num_processes}: they would train "
             "separate models. Launch with a file from launch_configs/ (on CPU: two_cpu_processes.yaml)"
         )

@@ -1,6 +1,7 @@
 """The typed sections of the configuration that are not of a task or a corpus. config.py puts all of them together."""
 
 import dataclasses
+import math
 from typing import Literal
 
 
@@ -25,6 +26,7 @@ class RunConfig:
 
     def __post_init__(self):
         check("resume", self.resume, self.resume in ("no", "auto"), "no or auto")
+        check("seed", self.seed, 0 <= self.seed < 2**63, "0 or more, below 2**63")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -47,6 +49,8 @@ class ModelConfig:
     def __post_init__(self):
         for name in ("blocks", "layers", "channels"):
             check(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
+        check("layers", self.layers, self.layers <= 30, "30 or fewer")
+        check("input_gain", self.input_gain, 0 < self.input_gain < math.inf, "more than 0")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -70,7 +74,9 @@ class DataConfig:
 
     def __post_init__(self):
         check("sample_rate", self.sample_rate, self.sample_rate >= 1000, "1000 Hz or more")
-        check("crop_seconds", self.crop_seconds, self.crop_seconds > 0, "more than 0")
+        fits = 1 <= self.crop_seconds * self.sample_rate < math.inf
+        check("crop_seconds", self.crop_seconds, fits, "1 / sample_rate or more")
+        check("silence_db", self.silence_db, not math.isnan(self.silence_db), "a level in dBFS")
         check("workers", self.workers, self.workers >= 0, "0 or more")
         check("max_bad_share", self.max_bad_share, 0 <= self.max_bad_share <= 1, "0 to 1")
 
@@ -123,15 +129,9 @@ class TrainConfig:
         ):
             value = getattr(self, name)
             check(name, value, value is None or value >= 1, "1 or more, or null")
-        check("epochs", self.epochs, self.epochs > 0, "more than 0")
+        check("epochs", self.epochs, 0 < self.epochs < math.inf, "more than 0")
         check("tasks", self.tasks, bool(self.tasks), "at least one task")
         check("tasks", self.tasks, len(set(self.tasks)) == len(self.tasks), "each task once")
-        check(
-            "main_task",
-            self.main_task,
-            self.main_task in self.tasks,
-            f"one of train.tasks {self.tasks}",
-        )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -154,7 +154,9 @@ class OptimConfig:
     """Clip the gradient's global norm to this; null for no clipping, as in the paper."""
 
     def __post_init__(self):
-        check("learning_rate", self.learning_rate, self.learning_rate >= 0, "0 or more")
+        check("learning_rate", self.learning_rate, 0 <= self.learning_rate < 1e37, "0 or more")
+        check("decay_factor", self.decay_factor, 0 <= self.decay_factor < math.inf, "0 or more")
+        check("eps", self.eps, 0 <= self.eps < math.inf, "0 or more")
         check("decay_epochs", self.decay_epochs, self.decay_epochs >= 1, "1 or more")
         for name in ("beta1", "beta2"):
             check(name, getattr(self, name), 0 <= getattr(self, name) < 1, "0 to below 1")
@@ -172,6 +174,8 @@ class EvaluationConfig:
 
     max_clips: int | None = None
     """Evaluate at most so many clips of a task and split, always the same; null for all."""
+    checkpoint: Literal["best", "last"] = "best"
+    """Which checkpoint the results are of: the one with the best validation of the main task, or the last."""
     examples: int = 2
     """Validation clips of each task that go to TensorBoard as sound and picture."""
 

@@ -5,6 +5,7 @@ accelerate launch mtl_dist/train.py --config paper --corpora.fsdkaggle2018.root 
 """
 
 import logging
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -12,9 +13,9 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list
 
 from mtl_dist.config import ConfigError, load_config
-from mtl_dist.experiment import build_experiment
+from mtl_dist.experiment import build_together, plan_rounds, raise_together
 from mtl_dist.run_folder import RunFolder
-from mtl_dist.runtime import StopRequest, collect, start, world_of
+from mtl_dist.runtime import LaunchError, StopRequest, start, world_of
 from mtl_dist.trainer import Trainer, TrainingError
 
 
@@ -26,36 +27,42 @@ def run(words: list[str]) -> int:
     try:
         name = [config.run.dir or time.strftime("runs/%Y%m%d-%H%M%S")]
         folder = RunFolder(Path(broadcast_object_list(name)[0]))
-        with accelerator.local_main_process_first():
-            experiment = build_experiment(config)
-        open_together(accelerator, folder, config)
+        experiment = build_together(accelerator, config)
+        open_together(accelerator, folder, experiment)
         trainer = Trainer(experiment, accelerator, folder, stop)
         if accelerator.is_main_process:
             describe(accelerator, experiment, trainer)
         try:
             results = trainer.train()
+        except TrainingError:
+            if not accelerator.is_main_process:
+                sys.exit(1)
+            raise
         finally:
             trainer.close()
         if accelerator.is_main_process:
+            beside = Path(sys.executable).with_name("tensorboard")
+            tensorboard = "tensorboard" if shutil.which("tensorboard") else beside
             print(
-                f"run folder: {folder.path}\nlook at it: tensorboard --logdir {folder.path.parent}"
+                f"run folder: {folder.path}\nlook at it: {tensorboard} --logdir {folder.path.parent}"
             )
         return 0 if results is not None or stop.signal is None else 128 + stop.signal
     finally:
         accelerator.end_training()
 
 
-def open_together(accelerator, folder: RunFolder, config) -> None:
-    """Let rank 0 claim the run folder; if it cannot, every rank raises the same ConfigError."""
+def open_together(accelerator, folder: RunFolder, experiment) -> None:
+    """Let rank 0 check the arithmetic of the rounds and claim the run folder."""
     problem: list[str] = []
     if accelerator.is_main_process:
+        config = experiment.config
         try:
+            main_clips = len(experiment.table(config.train.main_task))
+            plan_rounds(config, main_clips, accelerator.num_processes)
             folder.open(config, world_of(accelerator), accelerator.device)
         except ConfigError as error:
             problem = [str(error)]
-    problem = collect(accelerator, problem)
-    if problem:
-        raise ConfigError(problem[0])
+    raise_together(accelerator, problem)
 
 
 def describe(accelerator, experiment, trainer) -> None:
@@ -78,5 +85,5 @@ if __name__ == "__main__":
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
         sys.exit(run(sys.argv[1:]))
-    except (ConfigError, TrainingError) as error:
+    except (ConfigError, LaunchError, TrainingError) as error:
         sys.exit(f"error: {error}")

@@ -3,7 +3,6 @@
 import logging
 import sys
 import time
-from collections.abc import Callable
 
 from accelerate import Accelerator
 
@@ -21,7 +20,7 @@ from mtl_dist.tables import results_table
 
 log = logging.getLogger("mtl_dist")
 LEAST_CLIPS_JUDGED = 200
-"""The share of bad clips is judged from so many clips on: one bad file among the first ten is no verdict."""
+"""The share of bad clips is judged as of so many clips at least: one bad file among the first ten is no verdict."""
 
 
 class TrainingError(RuntimeError):
@@ -64,49 +63,54 @@ class Trainer:
         state, train = self.state, self.config.train
         rounds = iter(self._loader())
         first = state.round
-        while state.round < self.plan.rounds:
-            began = time.perf_counter()
-            round_ = next(rounds)
-            waited = time.perf_counter() - began
-            rates = set_learning_rates(self.optimizer, self.rates, self.epoch())
-            report = run_round(
-                self.accelerator,
-                self.model,
-                self.optimizer,
-                self.experiment.tasks,
-                round_,
-                schedule=train.schedule,
-                clip_norm=self.config.optim.clip_norm,
-                stop=self.stop.signal is not None,
+        try:
+            while state.round < self.plan.rounds and self._patient():
+                report = self._one_round(rounds)
+                self._watch(report)
+                if self._due(train.validate_every or max(1, round(self.plan.rounds_per_epoch))):
+                    self._validate()
+                    due = not train.checkpoint_every or state.best_round == state.round
+                else:
+                    due = False
+                stopping = report.stop or state.round - first == train.stop_after_rounds
+                if due or stopping or not self._patient() or self._due(train.checkpoint_every):
+                    self._save()
+                if stopping and state.round < self.plan.rounds:
+                    self._say(f"stopped after round {state.round}; go on with --run.resume auto")
+                    return None
+        finally:
+            del rounds  # ends the loader's workers, even while an exception is on its way
+        if not self._patient():
+            self._say(
+                f"no better validation in {train.patience}: stopped after round {state.round}"
             )
-            self._advance(report)
-            self._on_main(lambda m, r=report, lr=rates, w=waited: m.round(state.round, r, lr, w))
-            self._watch(report)
-            validated = self._due(train.validate_every or max(1, round(self.plan.rounds_per_epoch)))
-            if validated:
-                self._validate()
-            stopping = report.stop or state.round - first == train.stop_after_rounds
-            patient = train.patience is None or state.validations_since_best < train.patience
-            if (
-                stopping
-                or not patient
-                or self._due(train.checkpoint_every)
-                or (validated and not train.checkpoint_every)
-            ):
-                self._save()
-            if stopping and state.round < self.plan.rounds:
-                self._on_main(
-                    lambda m: m.say(
-                        f"stopped after round {state.round}; go on with --run.resume auto"
-                    )
-                )
-                return None
-            if not patient:
-                self._on_main(
-                    lambda m: m.say(f"no better validation in {train.patience}: stopped early")
-                )
-                break
         return self._finish()
+
+    def _one_round(self, rounds) -> RoundReport:
+        """Take the next round from the loader, step, and count it."""
+        began = time.perf_counter()
+        round_ = next(rounds)
+        waited = time.perf_counter() - began
+        rates = set_learning_rates(self.optimizer, self.rates, self.epoch())
+        report = run_round(
+            self.accelerator,
+            self.model,
+            self.optimizer,
+            self.experiment.tasks,
+            round_,
+            schedule=self.config.train.schedule,
+            clip_norm=self.config.optim.clip_norm,
+            stop=self.stop.signal is not None,
+        )
+        self._advance(report)
+        if self.monitor is not None:
+            self.monitor.round(self.state.round, report, rates, waited)
+        return report
+
+    def _patient(self) -> bool:
+        """Whether early stopping lets the run go on."""
+        patience = self.config.train.patience
+        return patience is None or self.state.validations_since_best < patience
 
     def epoch(self) -> int:
         """Return the number of whole passes over the main task's training clips so far."""
@@ -114,11 +118,12 @@ class Trainer:
 
     def close(self) -> None:
         """Close what is open."""
-        self._on_main(lambda m: m.close())
-
-    def _on_main(self, action: Callable[[Monitor], None]) -> None:
         if self.monitor is not None:
-            action(self.monitor)
+            self.monitor.close()
+
+    def _say(self, text: str) -> None:
+        if self.monitor is not None:
+            self.monitor.say(text)
 
     def _loader(self):
         stream = RoundStream(
@@ -149,27 +154,29 @@ class Trainer:
         state.nonfinite_in_a_row = state.nonfinite_in_a_row + 1 if report.nonfinite else 0
 
     def _watch(self, report: RoundReport) -> None:
-        """Report bad files and skipped rounds; end the run on all ranks when there are too many."""
+        """Report bad files and skipped rounds; when there are too many, save and end the run on all ranks."""
         state, share = self.state, self.config.data.max_bad_share
-        if report.bad:
-            self._on_main(
-                lambda m: m.trouble(state.round, "bad_files", report.bad, state.bad_clips)
-            )
-        if state.clips >= LEAST_CLIPS_JUDGED and state.bad_clips > share * state.clips:
-            raise TrainingError(
-                f"{state.bad_clips} of {state.clips} clips could not be used, more than data.max_bad_share {share}; the "
-                f"last: {report.bad[-1] if report.bad else 'see metrics.jsonl'}. Mend the corpus or allow more"
-            )
-        if report.nonfinite:
+        if report.bad and self.monitor is not None:
+            self.monitor.trouble(state.round, "bad_files", report.bad, state.bad_clips)
+        if report.nonfinite and self.monitor is not None:
             in_a_row = state.nonfinite_in_a_row
-            self._on_main(
-                lambda m: m.trouble(state.round, "nonfinite_losses", report.nonfinite, in_a_row)
+            self.monitor.trouble(state.round, "nonfinite_losses", report.nonfinite, in_a_row)
+        problem = None
+        if state.bad_clips > share * max(state.clips, LEAST_CLIPS_JUDGED):
+            problem = (
+                f"{state.bad_clips} of {state.clips} clips could not be used, more than data.max_bad_share {share}; the "
+                f"last: {report.bad[-1] if report.bad else 'see metrics.jsonl'}. Mend the corpus or allow more, and go on "
+                "with --run.resume auto"
             )
-            if in_a_row >= self.config.train.max_nonfinite:
-                raise TrainingError(
-                    f"{in_a_row} rounds in a row had a loss that is not finite ({'; '.join(report.nonfinite)}); try a "
-                    "lower learning rate, optim.clip_norm, or another precision, and --run.resume auto"
-                )
+        elif report.nonfinite and state.nonfinite_in_a_row >= self.config.train.max_nonfinite:
+            problem = (
+                f"{state.nonfinite_in_a_row} rounds in a row had a loss that is not finite "
+                f"({'; '.join(report.nonfinite)}); go on with --run.resume auto and another --train.mixed_precision, or "
+                "start anew with lower learning rates or optim.clip_norm"
+            )
+        if problem is not None:
+            self._save()
+            raise TrainingError(problem)
 
     def _validate(self) -> None:
         result = evaluate(self.accelerator, self.bare_model, self.experiment, "validation")
@@ -178,7 +185,7 @@ class Trainer:
             return
         state, value = self.state, float(result.metrics[main][self.best_metric])
         if state.best is None or (
-            (value > state.best) == self.higher_is_better and value != state.best
+            value > state.best if self.higher_is_better else value < state.best
         ):
             state.best, state.best_round, state.validations_since_best = value, state.round, 0
         else:
@@ -187,7 +194,7 @@ class Trainer:
             classes = {
                 n: t.class_names() for n, t in self.experiment.tasks.items() if t.class_names()
             }
-            self.monitor.validation(state.round, result, classes, value)
+            self.monitor.validation(state.round, result, classes, self.best_metric)
             number = self.config.evaluation.examples
             shown = examples(
                 self.accelerator, self.bare_model, self.experiment, "validation", number
@@ -242,9 +249,8 @@ class Trainer:
         return state
 
     def _finish(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Evaluate the best checkpoint, or the last where none is best; write results.json and the final table."""
-        best = checkpoint.best_checkpoint(self.folder.checkpoints)
-        chosen = best or checkpoint.find(self.folder.path)
+        """Evaluate the best or the last checkpoint, write results.json and the final table."""
+        chosen = checkpoint.find(self.folder.path, self.config.evaluation.checkpoint)
         checkpoint.load_weights(chosen, self.bare_model)
         results: dict[str, Evaluation] = {
             split: evaluate(self.accelerator, self.bare_model, self.experiment, split)

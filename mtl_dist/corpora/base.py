@@ -119,15 +119,14 @@ def read_table(path: Path, columns: Iterable[str]) -> Iterator[tuple[str, dict[s
         raise ValueError(f"{path}: not a CSV file in UTF-8 ({error})") from error
 
 
-def check_classes(classes: list[str], where: str) -> None:
-    """Raise ValueError for two classes that differ in case or spaces only: a slip, not a class of its own."""
-    alike: dict[str, str] = {}
+def alike(classes: list[str]) -> tuple[str, str] | None:
+    """Return two classes that differ in case or spaces only, if there are any: most likely a slip."""
+    seen: dict[str, str] = {}
     for label in classes:
-        other = alike.setdefault(label.strip().casefold(), label)
+        other = seen.setdefault(label.strip().casefold(), label)
         if other != label:
-            raise ValueError(
-                f"{where}: the labels {other!r} and {label!r} differ in case or spaces only; write them alike"
-            )
+            return other, label
+    return None
 
 
 def require_label(label: str | None, classes: list[str], where: str) -> str:

@@ -1,16 +1,18 @@
 """Your own audio: a CSV manifest with the columns path and, for labelled tasks, label; or a folder of files.
 
 In a folder, ROOT/LABEL/**/clip.wav gives labels by folder name (labelled: true), and any depth will do without labels.
+There are three of the kind, so that labelled clips, unlabelled audio and noise of your own can stand side by side.
 """
 
 import dataclasses
+import logging
 from pathlib import Path
 
 from mtl_dist.corpora.base import (
     AUDIO_SUFFIXES,
     SPLITS,
     Corpus,
-    check_classes,
+    alike,
     make_corpus,
     read_table,
     register_corpus,
@@ -19,7 +21,11 @@ from mtl_dist.corpora.base import (
     stratified_share,
 )
 
+log = logging.getLogger("mtl_dist")
 
+
+@register_corpus("noise_folder")
+@register_corpus("unlabelled_folder")
 @register_corpus("folder")
 @dataclasses.dataclass(kw_only=True)
 class Folder:
@@ -70,7 +76,10 @@ class Folder:
                     else "train"
                 )
         classes = sorted({row["label"] for row in rows if row["label"] and row["split"] == "train"})
-        check_classes(classes, f"corpora.{name}, {self.manifest or self.root}")
+        if alike(classes):
+            log.warning(
+                "corpora.%s: two classes differ in case or spaces only: %s", name, alike(classes)
+            )
         for row in rows:
             if row["label"]:
                 require_label(
@@ -79,7 +88,9 @@ class Folder:
         return make_corpus(name, rows, classes, missing)
 
     def _from_folder(self, name: str) -> list[dict]:
-        root = require_folder(Path(self.root).expanduser(), f"corpora.{name}.root", "set it to your audio")
+        root = require_folder(
+            Path(self.root).expanduser(), f"corpora.{name}.root", "set it to your audio"
+        )
         paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES)
         paths = [path for path in paths if path.is_file()]
         rows = []

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mtl_dist.corpora.base import (
     Corpus,
-    check_classes,
+    alike,
     make_corpus,
     read_table,
     register_corpus,
@@ -45,7 +45,11 @@ class FSDKaggle2018:
         root = resolve_root(self.root, name, "FSDKaggle2018")
         train, missing_train = _read_table(root, "train", None, name)
         classes = sorted(set(train.values()))
-        check_classes(classes, f"corpora.{name}, {TABLES['train']}")
+        if alike(classes):
+            raise ValueError(
+                f"{root / META / TABLES['train']}: the labels {alike(classes)} differ in case or spaces only; write "
+                "them alike"
+            )
         test, missing_test = _read_table(root, "test", classes, name)
         validation = stratified_share(train, self.validation_share, split_seed, name, "validation")
         rows = []

@@ -67,7 +67,7 @@ class LibriSpeech:
 
 
 def _folders(root: Path) -> str:
-    names = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    names = sorted(path.name for path in root.iterdir() if path.is_dir())
     return f"the folders {', '.join(names)}" if names else "no folders"
 
 

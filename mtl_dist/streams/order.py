@@ -25,9 +25,13 @@ class Order:
         return generator(*self.key, "order", epoch).permutation(len(self.table))
 
     def rows(self, positions: Iterator[int]) -> Iterator[tuple[int, dict]]:
-        """Yield (epoch, row) for ascending positions, streamed by `datasets` an epoch at a time."""
+        """Yield (epoch, row) for ascending positions, read by `datasets` row by row, an epoch at a time.
+
+        Not through `to_iterable_dataset`: inside a loader's worker that splits its shards over the workers by itself,
+        and all workers but the first would get nothing of what is theirs already.
+        """
         for epoch, group in groupby(positions, key=lambda n: n // len(self.table)):
             places = [n % len(self.table) for n in group]
             picked = self.table.select(self.permutation(epoch)[places])
-            for row in picked.to_iterable_dataset():
+            for row in picked:
                 yield epoch, row

@@ -6,6 +6,7 @@ Memory of a worker: one permutation per task and one round of float32 crops. Tes
 """
 
 import dataclasses
+import signal
 from collections.abc import Iterator, Mapping
 from functools import partial
 
@@ -39,6 +40,10 @@ class Round:
     """"file: reason" of every clip that could not be used; its place is empty."""
     clips: int = 0
     audio_seconds: float = 0.0
+
+
+SECONDS_AFTER_SIGTERM = 120
+"""A worker that is told to stop ends with its training process, and after this at the latest."""
 
 
 class RoundStream(IterableDataset):
@@ -136,5 +141,12 @@ def make_loader(stream: RoundStream, workers: int, pin_memory: bool) -> DataLoad
         num_workers=workers,
         pin_memory=pin_memory,
         prefetch_factor=2 if workers else None,
-        persistent_workers=workers > 0,
+        worker_init_fn=_outlive_signals,
     )
+
+
+def _outlive_signals(worker: int) -> None:
+    """Let a loader's worker go on when the whole process group is told to stop: the round has to be finished."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(SECONDS_AFTER_SIGTERM))

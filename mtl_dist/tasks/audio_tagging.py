@@ -41,6 +41,11 @@ class AudioTagging(Task):
         learning_rate: float = 5.37e-5
         """Adam's learning rate for the task's head (Table 3)."""
 
+        def __post_init__(self):
+            super().__post_init__()
+            if self.hidden < 1:
+                raise ValueError(f"hidden: {self.hidden} is not allowed; use 1 or more")
+
     def __init__(self, config: TaskConfig, context: TaskContext):
         super().__init__(config, context)
         corpora = [context.corpora[name] for name in config.sources]
@@ -56,7 +61,7 @@ class AudioTagging(Task):
         """Return all windows of the row's audio, then one random crop."""
         return [
             *reader.windows(row, self.crop_samples),
-            *super().evaluation_clips(row, reader, keyed),
+            reader.crop(row, self.crop_samples, keyed(row["id"], "crop")),
         ]
 
     def prepare(self, clips: list[Clip], generator: Keyed) -> TaskBatch:

@@ -92,8 +92,12 @@ class Task:
         )
 
     def evaluation_clips(self, row: dict, reader: ClipReader, keyed: Keyed) -> list[Clip]:
-        """Return the clips of one row that are evaluated together: by default one crop, always the same."""
-        return [reader.crop(row, self.crop_samples, keyed(row["id"], "crop"))]
+        """Return the clips of one row that are evaluated together: by default one crop, always the same.
+
+        It is data.crop_seconds long even where the task trains on shorter crops: a fraction of a second says little.
+        """
+        samples = max(self.crop_samples, self.context.crop_samples)
+        return [reader.crop(row, samples, keyed(row["id"], "crop"))]
 
     def prepare(self, clips: list[Clip], generator: Keyed) -> TaskBatch:
         """Turn B clips into a batch; every draw comes from generator(clip.id, purpose)."""
@@ -144,8 +148,8 @@ def register_task(name: str) -> Callable[[type[Task]], type[Task]]:
 
 
 def pad_waves(waves: list[np.ndarray], samples: int) -> Tensor:
-    """Stack waves of up to `samples` samples into float32 (B, samples), zero-padded at the end."""
-    batch = torch.zeros(len(waves), samples)
+    """Stack waves into float32 (B, T), zero-padded at the end; T is `samples`, or the longest wave if that is longer."""
+    batch = torch.zeros(len(waves), max([samples, *map(len, waves)]))
     for row, wave in zip(batch, waves, strict=True):
         row[: len(wave)] = torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32))
     return batch

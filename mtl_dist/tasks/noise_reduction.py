@@ -1,6 +1,7 @@
 """Noise reduction: from a noisy wave predict the clean one, smooth L1 (paper sections 3.2.2 and 4.2)."""
 
 import dataclasses
+import math
 
 import numpy as np
 from torch import Tensor
@@ -36,7 +37,7 @@ class NoiseReduction(RegressionTask):
 
         def __post_init__(self):
             super().__post_init__()
-            if self.snr_db[0] > self.snr_db[1]:
+            if not -math.inf < self.snr_db[0] <= self.snr_db[1] < math.inf:
                 raise ValueError(
                     f"snr_db: {list(self.snr_db)} is not allowed; the lower one comes first"
                 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mtl_dist.models.heads import ConvHead
-from mtl_dist.tasks.base import SumCount, Task, TaskBatch, TaskConfig
+from mtl_dist.tasks.base import SumCount, Task, TaskBatch, TaskConfig, TaskContext
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -22,11 +22,26 @@ class RegressionConfig(TaskConfig):
     filter_width: int = 11
     """Width of the head's convolutions in samples, odd (Table 3)."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.hidden < 1:
+            raise ValueError(f"hidden: {self.hidden} is not allowed; use 1 or more")
+        if self.filter_width < 1 or self.filter_width % 2 == 0:
+            raise ValueError(f"filter_width: {self.filter_width} is not allowed; use an odd number")
+
 
 class RegressionTask(Task):
     """A task whose head predicts the wave `targets` (B, T), `delay` samples late."""
 
     Config = RegressionConfig
+
+    def __init__(self, config: RegressionConfig, context: TaskContext):
+        super().__init__(config, context)
+        if self.crop_samples <= abs(self.delay):
+            raise ValueError(
+                f"tasks.{self.name}.crop_seconds: {self.crop_samples} samples are no more than the task's delay of "
+                f"{self.delay}, so that no sample would be compared; use longer crops or a smaller trunk"
+            )
 
     @property
     def delay(self) -> int:

@@ -1,0 +1,34 @@
+"""Shared fixtures: tiny corpora in the published layouts, a tiny configuration and experiment."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import tiny
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory):
+    """Keep made-up corpora (root: synthetic) out of the home folder."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["MTL_DIST_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpora_root(tmp_path_factory):
+    """A folder with FSDKaggle2018, LibriSpeech and CHiME3, tiny and read only."""
+    return tiny.write_corpora(tmp_path_factory.mktemp("corpora"))
+
+
+@pytest.fixture(scope="session")
+def tiny_experiment(corpora_root):
+    """All four tasks on the tiny corpora, as `build_experiment` makes them."""
+    from mtl_dist.config import load_config
+    from mtl_dist.experiment import build_experiment
+
+    return build_experiment(load_config(tiny.tiny_words(corpora_root)))

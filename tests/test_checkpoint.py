@@ -1,0 +1,242 @@
+"""Checkpoints: saved and loaded bit for bit, broken ones skipped, nothing lost to a full disk, nothing pickled."""
+
+import copy
+import json
+import logging
+
+import pytest
+import tiny
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from mtl_dist import checkpoint
+from mtl_dist.checkpoint import TrainState
+from mtl_dist.config import load_config
+from mtl_dist.evaluation import Evaluation
+from mtl_dist.experiment import build_experiment
+from mtl_dist.optim import make_optimizer, schedules
+from mtl_dist.run_folder import RunFolder
+from mtl_dist.runtime import StopRequest
+from mtl_dist.sections import OptimConfig
+from mtl_dist.trainer import Trainer
+
+FILES = {
+    "COMPLETE",
+    "config.yaml",
+    "model.json",
+    "model.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+}
+
+
+def model_and_adam(experiment, steps: int = 0):
+    """A model and its Adam after `steps` steps of random gradients."""
+    model = experiment.build_model()
+    rates = schedules(OptimConfig(), {n: t.config for n, t in experiment.tasks.items()})
+    optimizer = make_optimizer(model, OptimConfig(), rates)
+    rng = torch.Generator().manual_seed(steps)
+    for _ in range(steps):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=rng)
+        optimizer.step()
+    return model, optimizer
+
+
+def save(root, experiment, round_: int, steps: int = 2, **state):
+    model, optimizer = model_and_adam(experiment, steps)
+    state = TrainState(round=round_, positions={"next_step": round_ * 4}, **state)
+    return checkpoint.save(root, model, optimizer, state, "run: {}\n", {"model": {}})
+
+
+def test_model_adam_and_state_come_back_bit_for_bit(tiny_experiment, tmp_path):
+    model, optimizer = model_and_adam(tiny_experiment, steps=3)
+    state = TrainState(round=7, positions={"next_step": 28}, best=0.125, best_round=5, clips=9)
+    path = checkpoint.save(tmp_path, model, optimizer, state, "a: 1\n", {})
+    other, adam = model_and_adam(tiny_experiment)
+    assert checkpoint.load(path, other, adam) == state
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            assert torch.equal(optimizer.state[ours][key], adam.state[theirs][key]), key
+
+
+def test_the_next_step_after_loading_is_the_one_without(tiny_experiment, tmp_path):
+    model, optimizer = model_and_adam(tiny_experiment, steps=3)
+    path = checkpoint.save(tmp_path, model, optimizer, TrainState(round=3), "", {})
+    other, adam = model_and_adam(tiny_experiment)
+    checkpoint.load(path, other, adam)
+    for net, optim in ((model, optimizer), (other, adam)):
+        for parameter in net.parameters():
+            parameter.grad = torch.full_like(parameter, 0.25)
+        optim.step()
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def remove_marker(path):
+    (path / "COMPLETE").unlink()
+
+
+def truncate(path):
+    whole = (path / "optimizer.safetensors").read_bytes()
+    (path / "optimizer.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+def damage_marker(path):
+    (path / "COMPLETE").write_text('{"model.safetensors": 12')
+
+
+def empty_marker(path):
+    (path / "COMPLETE").write_text("")
+
+
+def lose_a_file(path):
+    (path / "model.safetensors").unlink()
+
+
+def nonsense_marker(path):
+    (path / "COMPLETE").write_text("[1, 2]")
+
+
+@pytest.mark.parametrize(
+    "harm", [remove_marker, truncate, damage_marker, empty_marker, lose_a_file, nonsense_marker]
+)
+def test_a_broken_checkpoint_is_skipped_with_a_warning(tiny_experiment, tmp_path, caplog, harm):
+    older, newer = (save(tmp_path, tiny_experiment, n) for n in (5, 10))
+    harm(newer)
+    with caplog.at_level(logging.WARNING, logger="mtl_dist"):
+        assert checkpoint.whole_checkpoints(tmp_path) == [older]
+    assert str(newer) in caplog.text
+    with pytest.raises(ValueError, match="round_00000010"):
+        checkpoint.find(newer)
+
+
+def test_old_checkpoints_go_and_the_best_stays(tiny_experiment, tmp_path):
+    paths = [save(tmp_path, tiny_experiment, n, steps=1) for n in (1, 2, 3, 4, 5)]
+    checkpoint.mark_best(tmp_path, paths[1])
+    checkpoint.remove_old(tmp_path, keep=2)
+    assert sorted(tmp_path.glob("round_*")) == [paths[1], paths[3], paths[4]]
+    assert checkpoint.best_checkpoint(tmp_path) == paths[1]
+
+
+def test_a_run_folder_gives_its_best_checkpoint_else_its_newest(tiny_experiment, tmp_path):
+    root = tmp_path / "checkpoints"
+    paths = [save(root, tiny_experiment, n, steps=1) for n in (1, 2)]
+    assert checkpoint.find(tmp_path) == paths[1]
+    checkpoint.mark_best(root, paths[0])
+    assert checkpoint.find(tmp_path) == paths[0]
+    remove_marker(paths[0])
+    assert checkpoint.find(tmp_path) == paths[1]
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_the_names_that_do_not_fit(
+    tiny_experiment, corpora_root, tmp_path
+):
+    path = save(tmp_path, tiny_experiment, 1)
+    for words, name in (
+        (["--tasks.upsampling.hidden", "5"], r"heads\.heads\.upsampling\.layers\.0\.weight"),
+        (["--model.residual_projection", "true"], r"trunk\.layers\.0\.projection\.weight"),
+        (["--train.tasks", "[audio_tagging]"], r"heads\.heads\.next_step"),
+    ):
+        config = load_config(tiny.tiny_words(corpora_root, *words))
+        other = build_experiment(config).build_model()
+        before = copy.deepcopy(other.state_dict())
+        with pytest.raises(ValueError, match=name):
+            checkpoint.load_weights(path, other)
+        assert all(torch.equal(v, before[n]) for n, v in other.state_dict().items())
+
+
+def test_a_checkpoint_holds_safetensors_json_and_yaml_only(tiny_experiment, tmp_path):
+    path = save(tmp_path, tiny_experiment, 1)
+    assert {file.name for file in path.iterdir()} == FILES
+    for name in ("model.json", "state.json", "COMPLETE"):
+        json.loads((path / name).read_text())
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        raw = (path / name).read_bytes()
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        kinds = {entry["dtype"] for key, entry in header.items() if key != "__metadata__"}
+        assert kinds == {"F32"}
+        assert load_file(path / name)
+
+
+def test_the_marker_is_written_last_and_the_folder_named_when_whole(
+    tiny_experiment, tmp_path, monkeypatch
+):
+    seen = []
+    rename = type(tmp_path).rename
+    monkeypatch.setattr(
+        type(tmp_path),
+        "rename",
+        lambda self, to: (seen.append({p.name for p in self.iterdir()}), rename(self, to))[1],
+    )
+    written = []
+    flush = checkpoint._flush
+    monkeypatch.setattr(checkpoint, "_flush", lambda p: (written.append(p.name), flush(p))[1])
+    save(tmp_path, tiny_experiment, 1)
+    assert seen == [FILES]
+    assert written[-1] == "COMPLETE"
+    assert set(written) == FILES
+
+
+def full_disk(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_failed_write_leaves_the_old_checkpoint_and_nothing_else(
+    tiny_experiment, tmp_path, monkeypatch
+):
+    old = save(tmp_path, tiny_experiment, 1)
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(OSError, match=r"round_00000002.*No space left"):
+        save(tmp_path, tiny_experiment, 2)
+    assert list(tmp_path.iterdir()) == [old]
+    assert checkpoint.broken(old) is None
+
+
+def trainer_of(corpora_root, run, *words):
+    words = ["--run.dir", str(run), *words]
+    experiment = build_experiment(load_config(tiny.tiny_words(corpora_root, *words)))
+    folder = RunFolder(run)
+    folder.checkpoints.mkdir(parents=True)
+    return Trainer(experiment, Accelerator(cpu=True), folder, StopRequest())
+
+
+def test_training_goes_on_when_a_checkpoint_cannot_be_written(
+    corpora_root, tmp_path, monkeypatch, caplog
+):
+    trainer = trainer_of(corpora_root, tmp_path / "run", "--train.checkpoint_every", "1")
+    folder = trainer.folder
+    write, calls = checkpoint.save_file, []
+
+    def sometimes(*arguments, **named):
+        calls.append(1)
+        if 3 <= len(calls) <= 4:  # the second and third checkpoint; each ends at its first file
+            full_disk()
+        return write(*arguments, **named)
+
+    monkeypatch.setattr(checkpoint, "save_file", sometimes)
+    assert trainer.train() is not None
+    trainer.close()
+    assert trainer.state.round == 4
+    assert caplog.text.count("could not be written") == 2
+    assert checkpoint.whole_checkpoints(folder.checkpoints)[0].name == "round_00000004"
+
+
+def test_the_best_is_kept_although_no_checkpoint_was_due(corpora_root, tmp_path, monkeypatch):
+    every = ["--train.checkpoint_every", "3", "--train.validate_every", "2"]
+    trainer = trainer_of(corpora_root, tmp_path / "run", *every)
+    monkeypatch.setattr(trainer, "higher_is_better", False)
+    trainer.best_metric = "loss"
+    values = iter([1.0, 2.0])  # the validation after round 2 is the best
+
+    def validation(*arguments):
+        numbers = {"audio_tagging": {"loss": torch.tensor(next(values, 3.0))}}
+        return Evaluation(metrics=numbers, clips={"audio_tagging": 1}, bad=[])
+
+    monkeypatch.setattr("mtl_dist.trainer.evaluate", validation)
+    trainer.train()
+    trainer.close()
+    assert trainer.state.best_round == 2
+    assert checkpoint.best_checkpoint(trainer.folder.checkpoints).name == "round_00000002"

@@ -1,0 +1,174 @@
+"""Every command of the README runs, its example of a task trains, its file tree tells the truth.
+
+Training commands are shortened by overrides appended to them; corpora that cannot be downloaded are the made-up ones.
+"""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import soundfile
+
+from mtl_dist.corpora.synthetic import synthesise
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+SHORT = (
+    "--train.rounds 2 --train.validate_every 2 --data.workers 0 --evaluation.max_clips 2 --evaluation.examples 0 "
+    "--model.blocks 1 --model.layers 2 --model.channels 4 --data.crop_seconds 0.1 --train.global_batch 4"
+).split()
+
+
+def blocks(kind: str) -> list[str]:
+    return re.findall(rf"```{kind}\n(.*?)```", TEXT, re.DOTALL)
+
+
+def commands(first: str) -> list[str]:
+    return [
+        line for block in blocks("bash") for line in block.splitlines() if line.startswith(first)
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working folder as the README's reader has it: the project, his corpora, mine.yaml and infill.py."""
+    folder = tmp_path_factory.mktemp("reader")
+    for name in ("mtl_dist", "launch_configs", "benchmarks", "Makefile"):
+        (folder / name).symlink_to(ROOT / name)
+    made = synthesise()
+    (folder / "data").symlink_to(made)
+    (folder / "unlabelled").symlink_to(made / "LibriSpeech")
+    (folder / "noise").symlink_to(made / "CHiME3")
+    meta = (
+        (made / "FSDKaggle2018/FSDKaggle2018.meta/train_post_competition.csv")
+        .read_text()
+        .splitlines()
+    )
+    rows = [line.split(",")[:2] for line in meta[1:]]
+    audio = made / "FSDKaggle2018/FSDKaggle2018.audio_train"
+    lines = ["path,label", *(f"{audio / name},{label}" for name, label in rows)]
+    (folder / "clips.csv").write_text("\n".join(lines) + "\n")
+    (folder / "mine.yaml").write_text(
+        next(b for b in blocks("yaml") if b.startswith("# mine.yaml"))
+    )
+    (folder / "infill.py").write_text(
+        next(b for b in blocks("python") if b.startswith("# infill.py"))
+    )
+    return folder
+
+
+def run(words: list[str], folder: Path, seconds: int = 180) -> subprocess.CompletedProcess:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        words,
+        cwd=folder,
+        env=os.environ | {"PATH": path},
+        timeout=seconds,
+        capture_output=True,
+        text=True,
+    )
+
+
+def shortened(command: str) -> list[str]:
+    words = command.split()
+    if "--print_config" in words or "--help" in words:
+        return words
+    plugin = [] if "infill" not in command else ["--tasks.infill.crop_seconds", "0.1"]
+    return [*words, *SHORT, *plugin]
+
+
+def runs_shown_by(words: list[str], folder: Path, seconds: int = 90) -> set[str]:
+    """Start TensorBoard on a free port and return the names of the runs it serves."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    program = str(Path(sys.executable).with_name(words[0]))
+    address = ["--host", "127.0.0.1", "--port", str(port)]
+    server = subprocess.Popen(
+        [program, *words[1:], *address], cwd=folder, stderr=subprocess.DEVNULL
+    )
+    try:
+        for _ in range(seconds):
+            time.sleep(1)
+            try:
+                with urllib.request.urlopen(
+                    f"http://127.0.0.1:{port}/data/runs", timeout=5
+                ) as page:
+                    runs = set(json.load(page))
+            except OSError:
+                continue
+            if runs:
+                return runs
+    finally:
+        server.terminate()
+        server.wait(30)
+    return set()
+
+
+def needs_other_machine(command: str) -> bool:
+    return any(name in command for name in ("one_gpu", "all_gpus", "several_nodes"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_training_command_runs_in_the_order_of_the_readme_and_then_evaluates(folder):
+    for command in commands("accelerate launch"):
+        if needs_other_machine(command) and "paper" not in command:
+            continue  # launched by test_launch.py as far as this machine allows
+        words = [
+            word for word in shortened(command) if "one_gpu" not in word and word != "--config_file"
+        ]
+        if "one_gpu" not in command:
+            words = shortened(command)
+        done = run(words, folder)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        if "--help" in command or "--print_config" in command:
+            assert "crop_seconds" in done.stdout
+    for command in commands("mtl-dist"):
+        done = run(command.split(), folder)
+        assert done.returncode == 0, f"{command}\n{done.stderr[-4000:]}"
+        assert "map@3" in done.stdout
+        assert (folder / "runs/first/test_audio_tagging_confusion.png").stat().st_size > 1000
+    for command in commands("tensorboard"):
+        assert {"first/tensorboard", "mine/tensorboard"} <= runs_shown_by(command.split(), folder)
+    results = (folder / "runs/infill/results.json").read_text()
+    assert '"infill"' in results
+
+
+def test_make_targets_of_the_readme_exist(folder):
+    for command in commands("make"):
+        done = run(["make", "--dry-run", *command.split()[1:]], folder)
+        assert done.returncode == 0, done.stderr
+
+
+def test_every_kind_of_command_in_the_readme_is_run_by_a_test():
+    known = ("accelerate launch", "make", "mtl-dist", "tensorboard --logdir", ". .venv", "python")
+    lines = [line for block in blocks("bash") for line in block.splitlines() if line]
+    assert [line for line in lines if not line.startswith(known)] == []
+
+
+def test_file_tree_names_every_module_and_nothing_else():
+    tree = next(block for block in blocks("text") if block.startswith("mtl_dist/"))
+    named = set(re.findall(r"\w+\.(?:py|yaml)", tree)) - {"sample.py"}
+    there = {path.name for path in (ROOT / "mtl_dist").rglob("*.py") if path.name != "__init__.py"}
+    there |= {path.name for path in (ROOT / "mtl_dist/recipes").glob("*.yaml")}
+    per_task = {"audio_tagging.py", "next_step.py", "noise_reduction.py", "upsampling.py"}
+    assert named == there - per_task
+    for path in (ROOT / "launch_configs").glob("*.yaml"):
+        assert path.stem in tree
+
+
+def test_links_to_files_of_the_project_hold():
+    for target in re.findall(r"\]\(([^)h][^)]*)\)", TEXT):
+        assert (ROOT / target).exists(), target
+
+
+def test_own_audio_formats_are_those_of_libsndfile():
+    assert {"WAV", "FLAC", "OGG"} <= set(soundfile.available_formats())

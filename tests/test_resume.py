@@ -1,0 +1,112 @@
+"""The resume law with the real entry, as separate processes: a run in pieces equals the run in one piece, bit for bit."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+ENTRY = "mtl_dist/train.py"
+MEASURED = ("throughput/", "time/", "memory/")  # of the machine, not of the training
+LAST = "round_00000012"
+
+
+def words(corpora, run, *more) -> list[str]:
+    lengths = ["--train.rounds", "12", "--train.validate_every", "4"]
+    few = ["--evaluation.max_clips", "2", "--run.resume", "auto", "--run.dir", str(run)]
+    return tiny.tiny_words(corpora, *lengths, *few, *more)
+
+
+def train(corpora, run, *more, entry=(ENTRY,), code=0):
+    done = tiny.run_process([*entry, *words(corpora, run, *more)])
+    assert done.returncode == code, done.stderr[-3000:]
+    return run
+
+
+def entries(run) -> list[dict]:
+    """What metrics.jsonl says of the training."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(MEASURED)} for line in lines]
+
+
+def tensors(run, name: str) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / LAST / f"{name}.safetensors")
+
+
+def state(run) -> dict:
+    return json.loads((run / "checkpoints" / LAST / "state.json").read_text())
+
+
+def assert_the_same_run(run, whole) -> None:
+    for name in ("model", "optimizer"):
+        ours, theirs = tensors(run, name), tensors(whole, name)
+        assert set(ours) == set(theirs)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
+    assert any(key.startswith("exp_avg_sq/trunk.") for key in tensors(run, "optimizer"))
+    assert state(run) == state(whole)
+    assert entries(run) == entries(whole)
+    assert {entry["round"] for entry in entries(run)} == set(range(1, 13))
+    results = [json.loads((folder / "results.json").read_text()) for folder in (run, whole)]
+    assert results[0] == results[1]
+
+
+@pytest.fixture(scope="module")
+def whole(corpora_root, tmp_path_factory):
+    """12 rounds without a break."""
+    return train(corpora_root, tmp_path_factory.mktemp("whole") / "run")
+
+
+@pytest.fixture(scope="module")
+def stopped_at_5(corpora_root, tmp_path_factory):
+    run = tmp_path_factory.mktemp("stopped") / "run"
+    return train(corpora_root, run, "--train.stop_after_rounds", "5")
+
+
+def test_a_run_stopped_twice_equals_the_run_in_one_piece(
+    corpora_root, whole, stopped_at_5, tmp_path
+):
+    run = shutil.copytree(stopped_at_5, tmp_path / "run")
+    assert {entry["round"] for entry in entries(run)} == set(range(1, 6))
+    train(corpora_root, run, "--train.stop_after_rounds", "4")
+    assert {entry["round"] for entry in entries(run)} == set(range(1, 10))
+    train(corpora_root, run)
+    assert_the_same_run(run, whole)
+
+
+def test_sigterm_saves_and_the_resumed_run_equals_the_run_in_one_piece(
+    corpora_root, whole, tmp_path
+):
+    entry = ("tests/workers/interrupted.py", "SIGTERM", "6")
+    run = train(corpora_root, tmp_path / "run", "--data.workers", "2", entry=entry, code=128 + 15)
+    # the round after the signal is finished and saved
+    assert (run / "checkpoints" / "round_00000007" / "COMPLETE").is_file()
+    assert not (run / "results.json").exists()
+    assert_the_same_run(train(corpora_root, run), whole)
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint_and_equals_the_run_in_one_piece(
+    corpora_root, whole, tmp_path
+):
+    entry = ("tests/workers/interrupted.py", "SIGKILL", "7")
+    run = train(corpora_root, tmp_path / "run", entry=entry, code=-9)
+    assert max(entry["round"] for entry in entries(run)) == 7
+    assert [p.name for p in (run / "checkpoints").glob("round_*")] == ["round_00000004"]
+    assert_the_same_run(train(corpora_root, run), whole)
+
+
+def test_a_run_goes_on_with_other_ranks_and_loader_workers(
+    corpora_root, whole, stopped_at_5, tmp_path
+):
+    """On two processes sums are taken in another order: equal but for rounding."""
+    run = shutil.copytree(stopped_at_5, tmp_path / "run")
+    done = tiny.launch_two(ENTRY, *words(corpora_root, run, "--data.workers", "2"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert state(run)["positions"] == state(whole)["positions"]
+    ours, theirs = tensors(run, "model"), tensors(whole, "model")
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-5)
+    for found, wanted in zip(entries(run), entries(whole), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-3, abs=1e-4)

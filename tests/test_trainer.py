@@ -1,0 +1,74 @@
+"""When a run stops by itself, and which checkpoint its results are of."""
+
+import json
+
+import pytest
+import tiny
+import torch
+
+from mtl_dist import checkpoint
+from mtl_dist.config import load_config
+from mtl_dist.experiment import build_experiment
+from mtl_dist.run_folder import RunFolder
+from mtl_dist.runtime import StopRequest, start, world_of
+from mtl_dist.trainer import Trainer
+
+FROZEN = ["--optim.learning_rate", "0", "--tasks.audio_tagging.learning_rate", "0"]
+
+
+@pytest.fixture
+def make_trainer(tmp_path, corpora_root):
+    """make_trainer(*words) -> (trainer, run folder) of tagging alone on the tiny corpora, in this process."""
+    made = []
+
+    def make(*words):
+        alone = ["--train.tasks", "[audio_tagging]", "--run.dir", str(tmp_path / "run")]
+        config = load_config([*tiny.tiny_words(corpora_root), *alone, *words])
+        accelerator = start("no")
+        folder = RunFolder(config.run.dir)
+        folder.open(config, world_of(accelerator), accelerator.device)
+        made.append(Trainer(build_experiment(config), accelerator, folder, StopRequest()))
+        return made[-1], folder
+
+    yield make
+    for trainer in made:
+        trainer.close()
+
+
+def test_without_a_better_validation_the_run_stops_after_patience(make_trainer):
+    words = ["--train.rounds", "9", "--train.validate_every", "1", "--train.patience", "2"]
+    trainer, folder = make_trainer(*words, *FROZEN)
+    trainer.train()
+    assert trainer.state.round == 3, "best at the first validation, then two that are no better"
+    assert checkpoint.best_checkpoint(folder.checkpoints).name == checkpoint.folder_name(1)
+
+
+def test_without_patience_it_goes_to_the_end(make_trainer):
+    trainer, _ = make_trainer("--train.rounds", "4", "--train.validate_every", "1", *FROZEN)
+    trainer.train()
+    assert trainer.state.round == 4
+
+
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_results_are_of_the_checkpoint_that_was_asked_for(make_trainer, which):
+    words = ["--train.rounds", "5", "--train.validate_every", "1", "--evaluation.checkpoint", which]
+    trainer, folder = make_trainer(*words, *FROZEN[:1], "1e-2", *FROZEN[2:3], "1e-2")
+    results = trainer.train()
+    last = folder.checkpoints / checkpoint.folder_name(5)
+    wanted = checkpoint.best_checkpoint(folder.checkpoints) if which == "best" else last
+    model = trainer.experiment.build_model()
+    checkpoint.load_weights(wanted, model)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, trainer.bare_model.state_dict()[name]), name
+    assert json.loads(folder.results.read_text()) == results
+
+
+def test_an_epoch_is_one_pass_over_the_main_tasks_training_clips(make_trainer):
+    trainer, _ = make_trainer("--train.rounds", "30", "--train.validate_every", "30")
+    clips, batch = trainer.main_clips, trainer.config.train.global_batch
+    seen = []
+    for round_ in range(30):
+        trainer.state.positions["audio_tagging"] = round_ * batch
+        seen.append(trainer.epoch())
+    assert seen == [round_ * batch // clips for round_ in range(30)]
+    assert max(seen) >= 2
