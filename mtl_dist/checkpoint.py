@@ -37,6 +37,8 @@ class TrainState:
     bad_clips: int = 0
     nonfinite_in_a_row: int = 0
     scaler: dict | None = None
+    tables: dict[str, str] = dataclasses.field(default_factory=dict)
+    """{task: fingerprint of its training clips}: positions mean nothing in other tables."""
 
 
 def folder_name(round_: int) -> str:
@@ -67,9 +69,13 @@ def save(root: Path, model, optimizer, state: TrainState, config_text: str, abou
         sizes = {path.name: _flush(path) for path in sorted(partial.iterdir())}
         (partial / MARKER).write_text(json.dumps(sizes), encoding="utf-8")
         _flush(partial / MARKER)
+        _flush_folder(partial)
         if target.exists():
-            shutil.rmtree(target)
+            old = root / f".{target.name}.old"
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
         partial.rename(target)
+        shutil.rmtree(root / f".{target.name}.old", ignore_errors=True)
         _flush_folder(root)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -169,20 +175,33 @@ def load_weights(path: Path, model) -> None:
 
 def load(path: Path, model, optimizer) -> TrainState:
     """Load weights and Adam's moments into an unwrapped model and its optimizer; return where the run stands."""
-    load_weights(path, model)
-    tensors = load_file(path / "optimizer.safetensors")
-    for name, parameter in model.named_parameters():
-        values = {
-            key: tensors[f"{key}/{name}"]
-            for key in ("exp_avg", "exp_avg_sq", "step")
-            if f"{key}/{name}" in tensors
-        }
-        if values:
-            moved = {k: v.to(parameter.device) if k != "step" else v for k, v in values.items()}
-            optimizer.state[parameter] = moved
     fields = {field.name for field in dataclasses.fields(TrainState)}
     saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    tensors = load_file(path / "optimizer.safetensors")
+    load_weights(path, model)
+    for name, parameter in model.named_parameters():
+        keys = [key for key in ("exp_avg", "exp_avg_sq", "step") if f"{key}/{name}" in tensors]
+        if keys:
+            values = {key: tensors[f"{key}/{name}"] for key in keys}
+            optimizer.state[parameter] = {
+                key: value if key == "step" else value.to(parameter.device)
+                for key, value in values.items()
+            }
     return TrainState(**{key: value for key, value in saved.items() if key in fields})
+
+
+def load_newest(root: Path, model, optimizer) -> tuple[Path | None, TrainState | None]:
+    """Load the newest checkpoint that is whole and readable: (its folder, its state), or (None, None).
+
+    Raises:
+        ValueError: it is of another model.
+    """
+    for path in whole_checkpoints(root):
+        try:
+            return path, load(path, model, optimizer)
+        except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+            log.warning("checkpoint %s is skipped: it cannot be read (%s)", path, error)
+    return None, None
 
 
 def optimizer_tensors(model, optimizer) -> dict[str, torch.Tensor]:

@@ -1,6 +1,7 @@
 """From a configuration to the things it names: corpora, tasks, tables of clips, reader, model."""
 
 import dataclasses
+import hashlib
 import math
 import sys
 
@@ -36,7 +37,7 @@ class Experiment:
         return self.corpora[self.tasks[task].config.sources[0]].splits[split]
 
     def build_model(self) -> MultitaskModel:
-        """Return a new model; its initial values depend on run.seed alone."""
+        """Return a new model; its initial values depend on run.seed and the tasks alone."""
         torch.manual_seed(self.config.run.seed)
         model = self.config.model
         trunk = WaveNetTrunk(
@@ -119,6 +120,14 @@ def _check_missing(corpora: dict[str, Corpus], max_bad_share: float) -> None:
                 f"corpora.{corpus.name}: {len(corpus.skipped)} of {total} listed files are missing, such as "
                 f"{corpus.skipped[0]}; complete the corpus, or allow a larger data.max_bad_share (now {max_bad_share})"
             )
+
+
+def fingerprint(table: datasets.Dataset) -> str:
+    """Return a digest of a table's clips and labels, in order; not of their samples."""
+    digest = hashlib.blake2b(digest_size=16)
+    for clip, label in zip(table["id"], table["label"], strict=True):
+        digest.update(f"{clip}\x1f{label}\x1e".encode())
+    return digest.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -54,6 +54,7 @@ class Monitor:
         seconds = max(time.perf_counter() - self.since, 1e-9)
         scalars = {"loss/total": report.total, "grad_norm": report.grad_norm}
         scalars |= {f"loss/{task}": loss for task, loss in report.losses.items()}
+        scalars |= {f"count/{task}": count for task, count in report.counts.items()}
         scalars |= {f"learning_rate/{group}": rate for group, rate in rates.items()}
         scalars |= {
             "throughput/clips_per_second": self.clips / seconds,
@@ -102,9 +103,9 @@ class Monitor:
             self.say(f"round {number}: {kind.replace('_', ' ')}: {message}")
 
     def final(self, results: dict[str, dict[str, dict[str, float]]]) -> None:
-        """Write the hyper-parameters with the final metrics, and close."""
+        """Write the hyper-parameters with the final metrics."""
         flat = {
-            f"{s}/{t}/{m}": v
+            f"final/{s}/{t}/{m}": v
             for s, ts in results.items()
             for t, ms in ts.items()
             for m, v in ms.items()

@@ -6,7 +6,8 @@ over all ranks and micro-batches: the same for any split of the same clips and f
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 
 import torch
 from accelerate import Accelerator
@@ -29,7 +30,7 @@ class RoundReport:
     bad: list[str]
     stop: bool
     nonfinite: list[str] = dataclasses.field(default_factory=list)
-    """"task: clip, clip" for every task whose loss is not finite; empty where the step was taken."""
+    """"task: clip, clip" for every task whose loss is not finite, or the gradient that is not."""
 
 
 def micro_steps(round_: Round, schedule: str) -> list[dict[str, MicroBatch]]:
@@ -51,17 +52,20 @@ def run_round(
     *,
     schedule: str,
     clip_norm: float | None,
-    stop: bool = False,
+    stop: Callable[[], bool] = lambda: False,
 ) -> RoundReport:
-    """Forward, backward, clip and step; all ranks call it, and skip the step together if a loss is not finite."""
+    """Forward, backward, clip and step; all ranks call it, and skip the step together if a loss is not finite.
+
+    `stop` is asked at the end of the round whether this rank was told to stop; one that was stops all.
+    """
     names = list(tasks)
     counts = [sum(tasks[n].count(m.batch) for m in round_.micro_batches[n]) for n in names]
-    extra = [round_.clips, round_.audio_seconds, len(round_.bad), float(stop)]
+    extra = [round_.clips, round_.audio_seconds, len(round_.bad)]
     facts = sum_over_ranks(
         accelerator, torch.tensor([*counts, *extra], dtype=torch.float64)
     ).tolist()
     count_of = dict(zip(names, facts, strict=False))
-    clips, audio_seconds, bad, stops = facts[len(names) :]
+    clips, audio_seconds, bad = facts[len(names) :]
 
     sums = dict.fromkeys(names, 0.0)
     steps = micro_steps(round_, schedule)
@@ -74,19 +78,18 @@ def run_round(
         for name, (total, _) in losses.items():
             sums[name] += total.detach().double().cpu()
 
-    totals = sum_over_ranks(
-        accelerator, torch.tensor([sums[n] for n in names], dtype=torch.float64)
-    )
-    finite = bool(totals.isfinite().all())
+    ends = torch.tensor([*(sums[n] for n in names), float(stop())], dtype=torch.float64)
+    *totals, stops = sum_over_ranks(accelerator, ends).tolist()
+    finite = all(map(math.isfinite, totals))
     grad_norm = float("nan")
     nonfinite: list[str] = []
     if finite:
         grad_norm = float(
             accelerator.clip_grad_norm_(model.parameters(), clip_norm or float("inf"))
         )
-        if (grad_norm == grad_norm and grad_norm != float("inf")) or accelerator.scaler is not None:
+        if math.isfinite(grad_norm) or accelerator.scaler is not None:
             optimizer.step()
-        else:
+        if not math.isfinite(grad_norm) and not _scale_may_fall(accelerator):
             nonfinite = [
                 f"gradient of {', '.join(names)}: finite losses, but its norm is {grad_norm}"
             ]
@@ -94,7 +97,7 @@ def run_round(
         found = _name_clips(accelerator, accelerator.unwrap_model(model), round_, sums)
         nonfinite = collect(accelerator, found)
     optimizer.zero_grad(set_to_none=True)
-    means = {n: t / max(count_of[n], 1.0) for n, t in zip(names, totals.tolist(), strict=True)}
+    means = {n: t / max(count_of[n], 1.0) for n, t in zip(names, totals, strict=True)}
     return RoundReport(
         losses=means,
         counts=count_of,
@@ -106,6 +109,11 @@ def run_round(
         stop=stops > 0,
         nonfinite=nonfinite,
     )
+
+
+def _scale_may_fall(accelerator: Accelerator) -> bool:
+    """Whether an overflowing gradient is fp16's ordinary search for a loss scale, and not the run's fault."""
+    return accelerator.scaler is not None and accelerator.scaler.get_scale() >= 1.0
 
 
 def _scaled(losses, tasks: Mapping[str, Task], count_of: Mapping[str, float], ranks: int):

@@ -81,7 +81,10 @@ class RunFolder:
             return
         lines = []
         for line in self.metrics.read_text(encoding="utf-8").splitlines(keepends=True):
-            if not line.endswith("\n") or json.loads(line)["round"] > round_:
+            try:
+                if not line.endswith("\n") or json.loads(line)["round"] > round_:
+                    break
+            except ValueError:  # the tail of a file that a crash cut off
                 break
             lines.append(line)
         write_atomically(self.metrics, "".join(lines))

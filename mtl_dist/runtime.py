@@ -35,6 +35,11 @@ def start(mixed_precision: str) -> Accelerator:
     cpu = not torch.cuda.is_available()
     wanted = None if mixed_precision == "launcher" else mixed_precision
     launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise LaunchError(
+            "the launcher was asked for several processes and started one, or one a node that does not know the others. "
+            "Launch with a file from launch_configs/ (on CPU: two_cpu_processes.yaml)"
+        )
     try:
         accelerator = Accelerator(cpu=cpu, mixed_precision=wanted)
     except ValueError as error:
@@ -46,7 +51,11 @@ def start(mixed_precision: str) -> Accelerator:
             f"the launcher started {launched} processes, but this one found {accelerator.num_processes}: they would train "
             "separate models. Launch with a file from launch_configs/ (on CPU: two_cpu_processes.yaml)"
         )
-    if cpu and accelerator.mixed_precision == "fp16" and accelerator.is_main_process:
+    if (
+        accelerator.device.type == "cpu"
+        and accelerator.mixed_precision == "fp16"
+        and accelerator.is_main_process
+    ):
         log.warning(
             "mixed_precision fp16 does nothing on a CPU: training in fp32 (bf16 works on CPUs)"
         )

@@ -26,6 +26,8 @@ class RunConfig:
 
     def __post_init__(self):
         check("resume", self.resume, self.resume in ("no", "auto"), "no or auto")
+        new = self.resume == "auto" and self.dir is None
+        check("resume", self.resume, not new, "it together with run.dir, the folder to go on in")
         check("seed", self.seed, 0 <= self.seed < 2**63, "0 or more, below 2**63")
 
 

@@ -1,6 +1,7 @@
 """The loop: rounds, validation, checkpoints, and when to stop."""
 
 import logging
+import math
 import sys
 import time
 
@@ -8,13 +9,14 @@ from accelerate import Accelerator
 
 from mtl_dist import checkpoint
 from mtl_dist.checkpoint import TrainState
+from mtl_dist.config import ConfigError
 from mtl_dist.evaluation import Evaluation, evaluate, examples
-from mtl_dist.experiment import Experiment, Plan, plan_rounds
+from mtl_dist.experiment import Experiment, Plan, fingerprint, plan_rounds
 from mtl_dist.monitor import Monitor
 from mtl_dist.optim import make_optimizer, schedules, set_learning_rates
 from mtl_dist.round import RoundReport, run_round
 from mtl_dist.run_folder import RunFolder
-from mtl_dist.runtime import StopRequest, world_of
+from mtl_dist.runtime import StopRequest, collect, world_of
 from mtl_dist.streams.rounds import RoundStream, make_loader
 from mtl_dist.tables import results_table
 
@@ -43,7 +45,9 @@ class Trainer:
         self.bare_model = experiment.build_model().to(accelerator.device)
         optimizer = make_optimizer(self.bare_model, self.config.optim, self.rates)
         self.model, self.optimizer = accelerator.prepare(self.bare_model, optimizer)
+        self.tables = {name: fingerprint(experiment.table(name)) for name in experiment.tasks}
         self.state = self._resume() or TrainState(positions=dict.fromkeys(experiment.tasks, 0))
+        self.state.tables = self.tables
         self.is_main = accelerator.is_main_process
         metric, self.higher_is_better = experiment.tasks[self.config.train.main_task].best_metric
         self.best_metric = metric
@@ -79,7 +83,7 @@ class Trainer:
                     self._say(f"stopped after round {state.round}; go on with --run.resume auto")
                     return None
         finally:
-            del rounds  # ends the loader's workers, even while an exception is on its way
+            del rounds  # ends the loader's workers
         if not self._patient():
             self._say(
                 f"no better validation in {train.patience}: stopped after round {state.round}"
@@ -90,6 +94,7 @@ class Trainer:
         """Take the next round from the loader, step, and count it."""
         began = time.perf_counter()
         round_ = next(rounds)
+        assert round_.number == self.state.round, "the loader yields the rounds in order"
         waited = time.perf_counter() - began
         rates = set_learning_rates(self.optimizer, self.rates, self.epoch())
         report = run_round(
@@ -100,7 +105,7 @@ class Trainer:
             round_,
             schedule=self.config.train.schedule,
             clip_norm=self.config.optim.clip_norm,
-            stop=self.stop.signal is not None,
+            stop=lambda: self.stop.signal is not None,
         )
         self._advance(report)
         if self.monitor is not None:
@@ -184,6 +189,8 @@ class Trainer:
         if self.best_metric not in result.metrics[main]:
             return
         state, value = self.state, float(result.metrics[main][self.best_metric])
+        if not math.isfinite(value):
+            value = -math.inf if self.higher_is_better else math.inf
         if state.best is None or (
             value > state.best if self.higher_is_better else value < state.best
         ):
@@ -224,34 +231,53 @@ class Trainer:
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _about(self) -> dict:
-        """What a user of the weights needs to know, as model.json."""
-        experiment = self.experiment
+        """What a user of the weights needs to rebuild the model and feed it, as model.json."""
+        tasks = self.experiment.tasks
         return {
             "model": vars(self.config.model),
-            "sample_rate": experiment.reader.rate,
+            "data": vars(self.config.data),
             "receptive_field_samples": self.bare_model.trunk.receptive_field,
-            "tasks": {n: {"classes": t.class_names()} for n, t in experiment.tasks.items()},
+            "tasks": {n: vars(t.config) | {"classes": t.class_names()} for n, t in tasks.items()},
         }
 
     def _resume(self) -> TrainState | None:
-        whole = (
-            checkpoint.whole_checkpoints(self.folder.checkpoints)
-            if self.config.run.resume == "auto"
-            else []
+        """Load the newest checkpoint that can be loaded; all ranks must find the same one.
+
+        Raises:
+            ConfigError: the ranks see different folders, or the corpora are not those of the checkpoint.
+        """
+        auto = self.config.run.resume == "auto"
+        path, state = (
+            checkpoint.load_newest(self.folder.checkpoints, self.bare_model, self._adam())
+            if auto
+            else (None, None)
         )
-        if not whole:
+        rounds = collect(self.accelerator, [state.round if state else 0])
+        if len(set(rounds)) > 1:
+            raise ConfigError(
+                f"run.dir: {self.folder.path} is not the same folder on all nodes (rounds {rounds}); put it on a disk that "
+                "they share"
+            )
+        if state is None:
             return None
-        state = checkpoint.load(whole[0], self.bare_model, self._adam())
+        changed = [n for n, t in self.tables.items() if state.tables.get(n, t) != t]
+        if changed:
+            raise ConfigError(
+                f"the clips of {', '.join(changed)} are not those that {path} was trained on (files were added, removed, "
+                "renamed or relabelled); restore the corpora, or start a new run"
+            )
         if state.scaler is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.scaler)
         if self.accelerator.is_main_process:
-            print(f"goes on from {whole[0]} (round {state.round})", file=sys.stderr)
+            print(f"goes on from {path} (round {state.round})", file=sys.stderr)
         return state
 
     def _finish(self) -> dict[str, dict[str, dict[str, float]]]:
         """Evaluate the best or the last checkpoint, write results.json and the final table."""
-        chosen = checkpoint.find(self.folder.path, self.config.evaluation.checkpoint)
-        checkpoint.load_weights(chosen, self.bare_model)
+        which = self.config.evaluation.checkpoint
+        best = checkpoint.best_checkpoint(self.folder.checkpoints) if which == "best" else None
+        if best is not None:
+            checkpoint.load_weights(best, self.bare_model)
         results: dict[str, Evaluation] = {
             split: evaluate(self.accelerator, self.bare_model, self.experiment, split)
             for split in ("validation", "test")
@@ -260,5 +286,7 @@ class Trainer:
         if self.is_main:
             self.folder.save_results(numbers)
             self.monitor.final(numbers)
-            self.monitor.say(f"\nresults of {chosen}\n\n{results_table(numbers)}\n")
+            self.monitor.say(
+                f"\nresults of {best or f'round {self.state.round}'}\n\n{results_table(numbers)}\n"
+            )
         return numbers

@@ -21,6 +21,7 @@ LAUNCH = ("-m", "accelerate.commands.launch")
 LIMIT = 280.0
 """Seconds a launch may take: about 15 on an idle core, many times that on a busy one."""
 
+MACHINES = "--num_machines 2 --num_processes 2 --machine_rank 0 --main_process_ip 127.0.0.1".split()
 TASKS = ("audio_tagging", "next_step", "noise_reduction", "upsampling")
 pytestmark = pytest.mark.timeout(2 * LIMIT + 60)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA GPU")
@@ -202,6 +203,19 @@ def test_processes_that_have_not_found_each_other_are_refused(fresh_state, monke
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(LaunchError, match=r"started 2 processes, but this one found 1: .*two_cpu"):
         start("no")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [["--num_processes", "2"], MACHINES])
+def test_a_launcher_that_starts_one_process_where_two_were_asked_for_is_refused(
+    tmp_path, corpora_root, asked
+):
+    run = words(corpora_root, tmp_path / "run")
+    options = ["--cpu", *asked, "--mixed_precision", "no", "--main_process_port", "29999"]
+    ended = tiny.run_process([*LAUNCH, *options, "mtl_dist/train.py", *run], timeout=LIMIT)
+    assert ended.returncode != 0
+    assert "error: the launcher was asked for several processes and started one" in ended.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

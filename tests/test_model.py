@@ -165,3 +165,14 @@ def test_every_conv_task_of_the_paper_has_its_head():
     assert size(head) == 8_449
     settings = TASKS["upsampling"].Config(sources=["any"])
     assert size(TASKS["upsampling"](settings, context).build_head(64)) == 91_649
+
+
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
+def test_the_mean_over_time_is_taken_in_fp32_whatever_the_precision(precision):
+    head = PooledClassifier(channels=2, hidden=4, classes=3)
+    hidden = torch.full((1, 2, 80_000), 3.0)  # their sum is beyond fp16's 65,504
+    valid = torch.tensor([79_999])
+    wanted = head(hidden, valid)
+    with torch.autocast("cpu", dtype=precision):
+        found = head(hidden.to(precision), valid)
+    torch.testing.assert_close(found.float(), wanted, rtol=0.05, atol=0.02)

@@ -7,8 +7,8 @@ import tiny
 import torch
 
 from mtl_dist import checkpoint
-from mtl_dist.config import load_config
-from mtl_dist.experiment import build_experiment
+from mtl_dist.config import ConfigError, load_config
+from mtl_dist.experiment import build_experiment, fingerprint
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.runtime import StopRequest, start, world_of
 from mtl_dist.trainer import Trainer
@@ -72,3 +72,39 @@ def test_an_epoch_is_one_pass_over_the_main_tasks_training_clips(make_trainer):
         seen.append(trainer.epoch())
     assert seen == [round_ * batch // clips for round_ in range(30)]
     assert max(seen) >= 2
+
+
+def test_other_clips_or_labels_than_the_checkpoints_are_refused(make_trainer):
+    trainer, folder = make_trainer("--train.rounds", "2", "--train.validate_every", "2")
+    trainer.train()
+    (path,) = checkpoint.whole_checkpoints(folder.checkpoints)
+    state = json.loads((path / "state.json").read_text())
+    state["tables"]["audio_tagging"] = "of other clips"
+    text = json.dumps(state)
+    (path / "state.json").write_text(text)
+    sizes = json.loads((path / checkpoint.MARKER).read_text()) | {"state.json": len(text)}
+    (path / checkpoint.MARKER).write_text(json.dumps(sizes))
+    with pytest.raises(ConfigError, match="the clips of audio_tagging are not those"):
+        make_trainer("--train.rounds", "3", "--train.validate_every", "2", "--run.resume", "auto")
+
+
+def test_a_fingerprint_tells_clips_order_and_labels_apart(tiny_experiment):
+    table = tiny_experiment.table("audio_tagging")
+    relabelled = table.map(lambda row: {"label": 0})
+    seen = {
+        fingerprint(t) for t in (table, table.select(range(5)), table.select([1, 0]), relabelled)
+    }
+    assert len(seen) == 4
+    assert fingerprint(table) == fingerprint(tiny_experiment.table("audio_tagging"))
+
+
+def test_a_checkpoint_of_the_right_size_but_unreadable_is_skipped(make_trainer):
+    trainer, folder = make_trainer("--train.rounds", "2", "--train.validate_every", "1")
+    trainer.train()
+    newest = folder.checkpoints / checkpoint.folder_name(2)
+    damaged = newest / "optimizer.safetensors"
+    damaged.write_bytes(b"\xff" * damaged.stat().st_size)
+    again, _ = make_trainer(
+        "--train.rounds", "2", "--train.validate_every", "1", "--run.resume", "auto"
+    )
+    assert again.state.round == 1

@@ -1,5 +1,6 @@
 """A bank of background recordings: a random stretch of a random file, none of it shared between splits."""
 
+import datasets
 import numpy as np
 
 from mtl_dist.audio.reading import open_clip, read_stretch
@@ -11,10 +12,10 @@ SPLIT_SPANS = {"train": (0.0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1.0)
 
 
 class NoiseBank:
-    """Draws noise from a corpus' training rows at `rate` Hz."""
+    """Draws noise at `rate` Hz from all recordings of a corpus; splits share files, but not stretches of them."""
 
     def __init__(self, corpus: Corpus, rate: int):
-        rows = corpus.splits["train"]
+        rows = datasets.concatenate_datasets(list(corpus.splits.values()))
         if not len(rows):
             raise ValueError(f"corpora.{corpus.name}: holds no recordings to draw noise from")
         self.audio = rows["audio"][:]

@@ -44,6 +44,11 @@ class PooledClassifier(nn.Module):
     def forward(self, hidden_BCT: Tensor, valid_B: Tensor) -> Tensor:
         """Return logits (B, K)."""
         time = torch.arange(hidden_BCT.shape[-1], device=hidden_BCT.device)
-        mask_BT = (time < valid_B[:, None]).to(hidden_BCT.dtype)
-        total_BC = torch.einsum("bct,bt->bc", hidden_BCT, mask_BT)
-        return self.layers(total_BC / valid_B.clamp(min=1)[:, None].to(total_BC.dtype))
+        mask_BT = time < valid_B[:, None]
+        with torch.autocast(
+            hidden_BCT.device.type, enabled=False
+        ):  # long sums: fp16 overflows, bf16 drops
+            wide = torch.promote_types(hidden_BCT.dtype, torch.float32)
+            total_BC = torch.einsum("bct,bt->bc", hidden_BCT.to(wide), mask_BT.to(wide))
+            mean_BC = total_BC / valid_B.clamp(min=1)[:, None]
+        return self.layers(mean_BC)

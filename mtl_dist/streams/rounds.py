@@ -41,6 +41,15 @@ class Round:
     clips: int = 0
     audio_seconds: float = 0.0
 
+    def pin_memory(self) -> "Round":
+        """Let the loader move the batches to page-locked memory, from where a GPU fetches them by itself."""
+        for name, batches in self.micro_batches.items():
+            self.micro_batches[name] = [
+                dataclasses.replace(m, batch=TaskBatch(*(t.pin_memory() for t in m.batch)))
+                for m in batches
+            ]
+        return self
+
 
 SECONDS_AFTER_SIGTERM = 120
 """A worker that is told to stop ends with its training process, and after this at the latest."""

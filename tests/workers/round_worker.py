@@ -61,7 +61,7 @@ def main(corpora: Path, out: Path) -> None:
             big_batch.share_of_round(big_batch.NAMES, rank, ranks, 2, poison if rank else None),
             schedule="round_robin",
             clip_norm=None,
-            stop=rank == 1,
+            stop=lambda: rank == 1,
         )
         same = all(torch.equal(p, before[n]) for n, p in bare.named_parameters())
         finite = all(bool(p.isfinite().all()) for p in bare.parameters())
