@@ -40,7 +40,7 @@ def commands(first: str) -> list[str]:
 def folder(tmp_path_factory):
     """A working folder as the README's reader has it: the project, his corpora, mine.yaml and infill.py."""
     folder = tmp_path_factory.mktemp("reader")
-    for name in ("mtl_dist", "launch_configs", "benchmarks", "Makefile"):
+    for name in ("mtl_dist", "launch_configs", "Makefile", "pyproject.toml", "constraints.txt"):
         (folder / name).symlink_to(ROOT / name)
     made = synthesise()
     (folder / "data").symlink_to(made)
