@@ -126,12 +126,19 @@ def mark_best(root: Path, checkpoint: Path) -> None:
 
 
 def best_checkpoint(root: Path) -> Path | None:
-    """Return the checkpoint with the best validation, if it is there."""
+    """Return the checkpoint with the best validation, if it is there and whole; warn if it is not."""
     pointer = root / "best.json"
     if not pointer.is_file():
         return None
-    path = root / json.loads(pointer.read_text(encoding="utf-8"))["checkpoint"]
-    return path if path.is_dir() else None
+    try:
+        path = root / json.loads(pointer.read_text(encoding="utf-8"))["checkpoint"]
+    except (ValueError, TypeError, KeyError):
+        log.warning("%s is damaged: no checkpoint is known as the best", pointer)
+        return None
+    problem = broken(path)
+    if problem:
+        log.warning("the best checkpoint %s is skipped: %s", path, problem)
+    return None if problem else path
 
 
 def find(path: Path, which: str = "best") -> Path:
@@ -149,7 +156,7 @@ def find(path: Path, which: str = "best") -> Path:
         return path
     root = path / "checkpoints"
     best = best_checkpoint(root) if which == "best" else None
-    if best is not None and broken(best) is None:
+    if best is not None:
         return best
     whole = whole_checkpoints(root)
     if not whole:

@@ -1,6 +1,9 @@
 """What a run shows: TensorBoard, metrics.jsonl with the same numbers, a progress bar or plain lines. Rank 0 only."""
 
+import contextlib
 import json
+import logging
+import math
 import shutil
 import sys
 import time
@@ -16,8 +19,18 @@ from mtl_dist.evaluation import Evaluation
 from mtl_dist.round import RoundReport
 from mtl_dist.run_folder import RunFolder
 
+log = logging.getLogger("mtl_dist")
 PLAIN_LINE_SECONDS = 10.0
 """Off a terminal, progress is a line at most this often."""
+
+
+@contextlib.contextmanager
+def not_worth_a_run(what: str):
+    """Report a full or lost disk and go on: what is shown of a run must not end it on one rank."""
+    try:
+        yield
+    except OSError as error:
+        log.error("%s could not be written (%s); training goes on", what, error)
 
 
 class Monitor:
@@ -71,7 +84,8 @@ class Monitor:
     ) -> None:
         """Write a validation's numbers and its confusion matrices; show the main task's `best_metric` from now on."""
         main = self.config.train.main_task
-        self.validated = {best_metric: float(result.metrics[main][best_metric])}
+        if best_metric in result.metrics[main]:
+            self.validated = {best_metric: float(result.metrics[main][best_metric])}
         flat = {f"{task}/{n}": v for task, ms in result.numbers().items() for n, v in ms.items()}
         self._write(
             "validation", number, {f"validation/{name}": value for name, value in flat.items()}
@@ -82,19 +96,23 @@ class Monitor:
             if "confusion" in result.metrics[task]:
                 title = f"{task}, round {number}"
                 figure = pictures.confusion_matrix(result.confusion(task), names, title)
-                self.writer.add_figure(f"confusion/{task}", figure, number)
+                with not_worth_a_run("the confusion matrix"):
+                    self.writer.add_figure(f"confusion/{task}", figure, number)
         numbers = result.numbers()[main].items()
         shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers if name != "clips")
+        shown = shown or "no clips"
         self.say(f"round {number}: validation {main}: {shown}")
 
     def example(
         self, number: int, task: str, place: int, waves: dict[str, torch.Tensor], rate: int
     ) -> None:
         """Write the waves of an example as sound and as spectrograms."""
-        for what, wave in waves.items():
-            loudest = wave.abs().max().clamp(min=1.0)
-            self.writer.add_audio(f"{task}/clip {place}/{what}", wave[None] / loudest, number, rate)
-        self.writer.add_figure(f"{task}/clip {place}", pictures.spectrograms(waves, rate), number)
+        clip = f"{task}/clip {place}"
+        with not_worth_a_run(f"the example {clip}"):
+            for what, wave in waves.items():
+                loudest = wave.abs().max().clamp(min=1.0)
+                self.writer.add_audio(f"{clip}/{what}", wave[None] / loudest, number, rate)
+            self.writer.add_figure(clip, pictures.spectrograms(waves, rate), number)
 
     def trouble(self, number: int, kind: str, messages: list[str], total: int) -> None:
         """Write bad files or skipped rounds: names, and how many so far."""
@@ -114,7 +132,8 @@ class Monitor:
             k: v if isinstance(v, int | float | str | bool) else json.dumps(v)
             for k, v in self.config.flat().items()
         }
-        self.writer.add_hparams(simple, flat, run_name=".", global_step=self.rounds)
+        with not_worth_a_run("the hyper-parameters"):
+            self.writer.add_hparams(simple, flat, run_name=".", global_step=self.rounds)
 
     def say(self, text: str) -> None:
         """Print a line without breaking the progress bar."""
@@ -124,24 +143,28 @@ class Monitor:
         """Flush everything."""
         if self.bar is not None:
             self.bar.close()
-        self.writer.close()
-        self.lines.close()
+        with not_worth_a_run("the end of TensorBoard's file"):
+            self.writer.close()
+        with not_worth_a_run("the end of metrics.jsonl"):
+            self.lines.close()
 
     def _note(self, number: int, kind: str, messages: list[str], total: int) -> None:
-        self.writer.add_scalar(f"data/{kind}", total, number)
-        self.writer.add_text(f"data/{kind}", "  \n".join(messages), number)
+        with not_worth_a_run(f"data/{kind} for TensorBoard"):
+            self.writer.add_scalar(f"data/{kind}", total, number)
+            self.writer.add_text(f"data/{kind}", "  \n".join(messages), number)
         self._line(kind, number, {"messages": messages, "total": total})
 
     def _write(self, kind: str, number: int, scalars: dict[str, float]) -> None:
-        for name, value in scalars.items():
-            self.writer.add_scalar(name, value, number)
-        self._line(kind, number, scalars)
+        with not_worth_a_run(f"the {kind}'s numbers for TensorBoard"):
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, number)
+        known = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        self._line(kind, number, known)
 
     def _line(self, kind: str, number: int, content: dict) -> None:
-        epoch = number / self.per_epoch
-        self.lines.write(
-            json.dumps({"kind": kind, "round": number, "epoch": epoch} | content) + "\n"
-        )
+        line = {"kind": kind, "round": number, "epoch": number / self.per_epoch} | content
+        with not_worth_a_run("metrics.jsonl"):
+            self.lines.write(json.dumps(line) + "\n")
 
     def _progress(self, number: int, report: RoundReport) -> None:
         """Advance the epoch's bar on a terminal; elsewhere print a line now and then."""

@@ -1,26 +1,22 @@
 """The loop: rounds, validation, checkpoints, and when to stop."""
 
-import logging
 import math
-import sys
 import time
 
 from accelerate import Accelerator
 
 from mtl_dist import checkpoint
-from mtl_dist.checkpoint import TrainState
-from mtl_dist.config import ConfigError
 from mtl_dist.evaluation import Evaluation, evaluate, examples
-from mtl_dist.experiment import Experiment, Plan, fingerprint, plan_rounds
+from mtl_dist.experiment import Experiment, Plan, plan_rounds
+from mtl_dist.keeper import Keeper
 from mtl_dist.monitor import Monitor
 from mtl_dist.optim import make_optimizer, schedules, set_learning_rates
 from mtl_dist.round import RoundReport, run_round
 from mtl_dist.run_folder import RunFolder
-from mtl_dist.runtime import StopRequest, collect, world_of
+from mtl_dist.runtime import StopRequest, world_of
 from mtl_dist.streams.rounds import RoundStream, make_loader
 from mtl_dist.tables import results_table
 
-log = logging.getLogger("mtl_dist")
 LEAST_CLIPS_JUDGED = 200
 """The share of bad clips is judged as of so many clips at least: one bad file among the first ten is no verdict."""
 
@@ -45,9 +41,8 @@ class Trainer:
         self.bare_model = experiment.build_model().to(accelerator.device)
         optimizer = make_optimizer(self.bare_model, self.config.optim, self.rates)
         self.model, self.optimizer = accelerator.prepare(self.bare_model, optimizer)
-        self.tables = {name: fingerprint(experiment.table(name)) for name in experiment.tasks}
-        self.state = self._resume() or TrainState(positions=dict.fromkeys(experiment.tasks, 0))
-        self.state.tables = self.tables
+        self.keeper = Keeper(experiment, accelerator, folder, self.bare_model, self.optimizer)
+        self.state = self.keeper.resume_or_start()
         self.is_main = accelerator.is_main_process
         metric, self.higher_is_better = experiment.tasks[self.config.train.main_task].best_metric
         self.best_metric = metric
@@ -78,7 +73,7 @@ class Trainer:
                     due = False
                 stopping = report.stop or state.round - first == train.stop_after_rounds
                 if due or stopping or not self._patient() or self._due(train.checkpoint_every):
-                    self._save()
+                    self.keeper.save(self.state)
                 if stopping and state.round < self.plan.rounds:
                     self._say(f"stopped after round {state.round}; go on with --run.resume auto")
                     return None
@@ -160,117 +155,62 @@ class Trainer:
 
     def _watch(self, report: RoundReport) -> None:
         """Report bad files and skipped rounds; when there are too many, save and end the run on all ranks."""
-        state, share = self.state, self.config.data.max_bad_share
+        state = self.state
         if report.bad and self.monitor is not None:
             self.monitor.trouble(state.round, "bad_files", report.bad, state.bad_clips)
         if report.nonfinite and self.monitor is not None:
             in_a_row = state.nonfinite_in_a_row
             self.monitor.trouble(state.round, "nonfinite_losses", report.nonfinite, in_a_row)
-        problem = None
-        if state.bad_clips > share * max(state.clips, LEAST_CLIPS_JUDGED):
-            problem = (
-                f"{state.bad_clips} of {state.clips} clips could not be used, more than data.max_bad_share {share}; the "
-                f"last: {report.bad[-1] if report.bad else 'see metrics.jsonl'}. Mend the corpus or allow more, and go on "
-                "with --run.resume auto"
-            )
-        elif report.nonfinite and state.nonfinite_in_a_row >= self.config.train.max_nonfinite:
-            problem = (
+        self._judge_bad(state.bad_clips, state.clips, report.bad)
+        if report.nonfinite and state.nonfinite_in_a_row >= self.config.train.max_nonfinite:
+            self.keeper.save(self.state)
+            raise TrainingError(
                 f"{state.nonfinite_in_a_row} rounds in a row had a loss that is not finite "
                 f"({'; '.join(report.nonfinite)}); go on with --run.resume auto and another --train.mixed_precision, or "
                 "start anew with lower learning rates or optim.clip_norm"
             )
-        if problem is not None:
-            self._save()
-            raise TrainingError(problem)
+
+    def _judge_bad(self, bad: int, clips: int, names: list[str]) -> None:
+        """Save and end the run on all ranks when more than the allowed share of the clips could not be used."""
+        share = self.config.data.max_bad_share
+        if bad > share * max(clips, LEAST_CLIPS_JUDGED):
+            self.keeper.save(self.state)
+            raise TrainingError(
+                f"{bad} of {clips} clips could not be used, more than data.max_bad_share {share}; the last: "
+                f"{names[-1] if names else 'see metrics.jsonl'}. Mend the corpus or allow more, and go on with "
+                "--run.resume auto"
+            )
 
     def _validate(self) -> None:
         result = evaluate(self.accelerator, self.bare_model, self.experiment, "validation")
-        main = self.config.train.main_task
-        if self.best_metric not in result.metrics[main]:
-            return
-        state, value = self.state, float(result.metrics[main][self.best_metric])
-        if not math.isfinite(value):
-            value = -math.inf if self.higher_is_better else math.inf
+        measured = result.metrics[self.config.train.main_task].get(self.best_metric)
+        if measured is not None:
+            self._note_best(float(measured))
+        if self.monitor is not None:
+            classes = {
+                n: t.class_names() for n, t in self.experiment.tasks.items() if t.class_names()
+            }
+            number = self.state.round
+            self.monitor.validation(number, result, classes, self.best_metric)
+            several = self.config.evaluation.examples
+            shown = examples(
+                self.accelerator, self.bare_model, self.experiment, "validation", several
+            )
+            for task, place, waves in shown:
+                self.monitor.example(number, task, place, waves, self.experiment.reader.rate)
+        self.accelerator.wait_for_everyone()
+        self._judge_bad(len(result.bad), len(result.bad) + sum(result.clips.values()), result.bad)
+
+    def _note_best(self, value: float) -> None:
+        """Take note of a validation's main metric: a new best, or one more without."""
+        state, worst = self.state, -math.inf if self.higher_is_better else math.inf
+        value = value if math.isfinite(value) else worst
         if state.best is None or (
             value > state.best if self.higher_is_better else value < state.best
         ):
             state.best, state.best_round, state.validations_since_best = value, state.round, 0
         else:
             state.validations_since_best += 1
-        if self.monitor is not None:
-            classes = {
-                n: t.class_names() for n, t in self.experiment.tasks.items() if t.class_names()
-            }
-            self.monitor.validation(state.round, result, classes, self.best_metric)
-            number = self.config.evaluation.examples
-            shown = examples(
-                self.accelerator, self.bare_model, self.experiment, "validation", number
-            )
-            for task, place, waves in shown:
-                self.monitor.example(state.round, task, place, waves, self.experiment.reader.rate)
-        self.accelerator.wait_for_everyone()
-
-    def _save(self) -> None:
-        """Write a checkpoint on rank 0; a full disk costs the new one, never the old one nor the run."""
-        scaler = self.accelerator.scaler
-        self.state.scaler = scaler.state_dict() if scaler is not None else None
-        if self.is_main:
-            root = self.folder.checkpoints
-            try:
-                path = checkpoint.save(
-                    root, self.bare_model, self._adam(), self.state, self.config.text, self._about()
-                )
-                if self.state.best_round == self.state.round:
-                    checkpoint.mark_best(root, path)
-                checkpoint.remove_old(root, self.config.train.keep_checkpoints)
-            except OSError as error:
-                log.error("%s; the older checkpoints are kept and training goes on", error)
-        self.accelerator.wait_for_everyone()
-
-    def _adam(self):
-        return getattr(self.optimizer, "optimizer", self.optimizer)
-
-    def _about(self) -> dict:
-        """What a user of the weights needs to rebuild the model and feed it, as model.json."""
-        tasks = self.experiment.tasks
-        return {
-            "model": vars(self.config.model),
-            "data": vars(self.config.data),
-            "receptive_field_samples": self.bare_model.trunk.receptive_field,
-            "tasks": {n: vars(t.config) | {"classes": t.class_names()} for n, t in tasks.items()},
-        }
-
-    def _resume(self) -> TrainState | None:
-        """Load the newest checkpoint that can be loaded; all ranks must find the same one.
-
-        Raises:
-            ConfigError: the ranks see different folders, or the corpora are not those of the checkpoint.
-        """
-        auto = self.config.run.resume == "auto"
-        path, state = (
-            checkpoint.load_newest(self.folder.checkpoints, self.bare_model, self._adam())
-            if auto
-            else (None, None)
-        )
-        rounds = collect(self.accelerator, [state.round if state else 0])
-        if len(set(rounds)) > 1:
-            raise ConfigError(
-                f"run.dir: {self.folder.path} is not the same folder on all nodes (rounds {rounds}); put it on a disk that "
-                "they share"
-            )
-        if state is None:
-            return None
-        changed = [n for n, t in self.tables.items() if state.tables.get(n, t) != t]
-        if changed:
-            raise ConfigError(
-                f"the clips of {', '.join(changed)} are not those that {path} was trained on (files were added, removed, "
-                "renamed or relabelled); restore the corpora, or start a new run"
-            )
-        if state.scaler is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state.scaler)
-        if self.accelerator.is_main_process:
-            print(f"goes on from {path} (round {state.round})", file=sys.stderr)
-        return state
 
     def _finish(self) -> dict[str, dict[str, dict[str, float]]]:
         """Evaluate the best or the last checkpoint, write results.json and the final table."""
@@ -284,9 +224,18 @@ class Trainer:
         }
         numbers = {split: result.numbers() for split, result in results.items()}
         if self.is_main:
-            self.folder.save_results(numbers)
             self.monitor.final(numbers)
             self.monitor.say(
                 f"\nresults of {best or f'round {self.state.round}'}\n\n{results_table(numbers)}\n"
             )
+            self._write_results(numbers)
         return numbers
+
+    def _write_results(self, numbers: dict) -> None:
+        try:
+            self.folder.save_results(numbers)
+        except OSError as error:
+            raise TrainingError(
+                f"{error}; training is done and the table above holds the results: make room, and write them with "
+                f"mtl-dist evaluate {self.folder.path}"
+            ) from error

@@ -178,6 +178,15 @@ def test_more_bad_files_than_the_share_stop_the_run_with_the_last_ones_name(root
     assert entries(root / "run", "bad_files")[-1]["total"] == 12
 
 
+def test_more_bad_files_than_the_share_in_validation_stop_the_run(root):
+    words = tagging_words(root, root / "run", "--data.max_bad_share", "0")
+    rows = build_experiment(load_config(words)).corpora["fsdkaggle2018"].splits["validation"]
+    spoil(tiny.Path(rows[0]["audio"]["path"]), "text")
+    error = refused(*words)
+    assert f"1 of {len(rows)} clips could not be used" in error
+    assert rows[0]["audio"]["path"] in error
+
+
 @pytest.mark.slow
 def test_more_bad_files_than_the_share_stop_all_ranks(root):
     for path in (root / "FSDKaggle2018" / "FSDKaggle2018.audio_train").iterdir():

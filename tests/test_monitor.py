@@ -1,7 +1,9 @@
 """TensorBoard and metrics.jsonl say the same; a bar on a terminal, plain lines elsewhere; pictures and sound are there."""
 
+import errno
 import io
 import json
+import math
 
 import pytest
 import tiny
@@ -140,3 +142,31 @@ def monitor_files(monitor):
     for path in monitor.folder.tensorboard.rglob("events.*"):
         if b"_hparams_" in path.read_bytes():
             yield "hparams"
+
+
+def test_a_number_that_is_not_finite_is_null_in_metrics_jsonl(make_monitor):
+    monitor = make_monitor()
+    train(monitor, 1, 1, math.nan)
+    (entry,) = map(json.loads, monitor.folder.metrics.read_text().splitlines())
+    assert entry["loss/total"] is None
+    assert entry["grad_norm"] == 0.5
+
+
+def test_a_full_disk_is_reported_and_training_goes_on(make_monitor, monkeypatch, caplog):
+    monitor = make_monitor()
+    monitor.lines.close()
+    monitor.lines = open("/dev/full", "a", buffering=1)  # every write: no space left on device
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("add_scalar", "add_text", "add_audio", "add_figure", "add_hparams"):
+        monkeypatch.setattr(monitor.writer, name, full)
+    monitor.round(1, report(1.0), {"trunk": 1e-3}, wait=0.01)
+    monitor.trouble(1, "bad_files", ["a.wav: empty"], 1)
+    monitor.example(1, "upsampling", 0, {"1 input": torch.zeros(4000)}, 16_000)
+    monitor.final({"test": {"audio_tagging": {"map@3": 0.5}}})
+    monitor.close()
+    for what in ("metrics.jsonl", "the round's numbers", "the example", "the hyper-parameters"):
+        assert f"{what}" in caplog.text
+    assert caplog.text.count("No space left on device") == caplog.text.count("training goes on") > 5
