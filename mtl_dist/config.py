@@ -86,6 +86,27 @@ class Config:
         """Return {"section.field": value} of everything."""
         return flatten(yaml.safe_load(self.text))
 
+    def corpora_heard(self) -> list[str]:
+        """Return the corpora of the trained tasks, each once: their sources and their noise."""
+        names: list[str] = []
+        for task in self.train.tasks:
+            settings = self.tasks[task]
+            names += [*settings.sources, *([settings.noise] if hasattr(settings, "noise") else [])]
+        return list(dict.fromkeys(names))
+
+    def hyper_parameters(self) -> dict[str, object]:
+        """Return `flat` without what this run does not use, what differs most between runs first."""
+        used = {"tasks": self.train.tasks, "corpora": self.corpora_heard()}
+        order = ("run.seed", "train.tasks", "optim", "model", "tasks", "train", "data", "corpora")
+        flat = {
+            name: value
+            for name, value in self.flat().items()
+            for section, _, rest in [name.partition(".")]
+            if section not in used or rest.partition(".")[0] in used[section]
+        }
+        ranked = {prefix: [n for n in flat if f"{n}.".startswith(f"{prefix}.")] for prefix in order}
+        return {name: flat[name] for names in ranked.values() for name in names}
+
 
 def build_parser() -> jsonargparse.ArgumentParser:
     """Return the parser with every registered task and corpus."""

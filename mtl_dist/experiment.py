@@ -57,14 +57,10 @@ def build_experiment(config: Config) -> Experiment:
     Raises:
         ConfigError: a corpus or task cannot be built as configured; the message names the field, file or row.
     """
-    names: list[str] = []
-    for task in config.train.tasks:
-        settings = config.tasks[task]
-        names += [*settings.sources, *([settings.noise] if hasattr(settings, "noise") else [])]
     try:
         corpora = {
             name: config.corpora[name].load(name, config.data.split_seed)
-            for name in dict.fromkeys(names)
+            for name in config.corpora_heard()
         }
         _check_missing(corpora, config.data.max_bad_share)
         context = TaskContext(

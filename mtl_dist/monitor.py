@@ -130,7 +130,7 @@ class Monitor:
         }
         simple = {
             k: v if isinstance(v, int | float | str | bool) else json.dumps(v)
-            for k, v in self.config.flat().items()
+            for k, v in self.config.hyper_parameters().items()
         }
         with not_worth_a_run("the hyper-parameters"):
             self.writer.add_hparams(simple, flat, run_name=".", global_step=self.rounds)

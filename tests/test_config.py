@@ -231,3 +231,18 @@ def test_two_plugins_of_one_file_name_are_both_imported(plugin, tmp_path):
 
 def test_a_wrong_word_ends_the_entry_with_one_line_and_no_traceback():
     assert "did you mean 'train.rounds'?" in refused("--train.runds", "3")
+
+
+def test_hyper_parameters_are_those_in_use_and_the_telling_ones_come_first():
+    words = [
+        "--train.tasks",
+        "[audio_tagging, noise_reduction]",
+        "--corpora.librispeech.hours",
+        "5",
+    ]
+    shown = load_config(["--config", "paper", *words]).hyper_parameters()
+    assert list(shown)[:3] == ["run.seed", "train.tasks", "optim.learning_rate"]
+    assert shown["corpora.librispeech.hours"] == 5
+    assert "tasks.noise_reduction.weight" in shown
+    assert "corpora.chime3.root" in shown
+    assert not [name for name in shown if "upsampling" in name or "corpora.folder" in name]
