@@ -38,7 +38,7 @@ class TrainState:
     nonfinite_in_a_row: int = 0
     scaler: dict | None = None
     tables: dict[str, str] = dataclasses.field(default_factory=dict)
-    """{task: fingerprint of its training clips}: positions mean nothing in other tables."""
+    """{corpus: fingerprint of its training clips}: positions mean nothing in other tables."""
 
 
 def folder_name(round_: int) -> str:

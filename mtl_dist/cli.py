@@ -7,9 +7,12 @@ Tested by tests/test_cli.py.
 
 import argparse
 import csv
+import json
 import logging
 import sys
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from mtl_dist import checkpoint, pictures
 from mtl_dist.config import ConfigError, load_config
@@ -35,7 +38,9 @@ def add_evaluate(commands) -> None:
         help="checkpoint folder, or run folder",
     )
     command.add_argument(
-        "--which", choices=("best", "last"), default="best", help="of a run folder (default: best)"
+        "--which",
+        choices=("best", "last"),
+        help="of a run folder (default: the run's evaluation.checkpoint)",
     )
     command.add_argument(
         "--split", choices=SPLITS, default="test", help="what to score (default: test)"
@@ -43,34 +48,65 @@ def add_evaluate(commands) -> None:
     command.add_argument(
         "--out",
         type=Path,
-        help="folder for results.json, per-class tables and confusion matrices (default: the run folder)",
+        help="folder for results.json, per-class tables and confusion matrices (default: the run folder; "
+        "RUN/evaluations/CHECKPOINT for another checkpoint than the run's own, or with other settings)",
     )
     command.set_defaults(act=run_evaluate)
 
 
 def run_evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
-    """Evaluate, print the tables and write results.json, CSVs and pictures. Raises ValueError for a wrong path."""
-    path = checkpoint.find(options.checkpoint, options.which)
+    """Evaluate, print the tables and write results.json, CSVs and pictures. Raises ValueError for what is wrong."""
+    run, path, own = chosen(options.checkpoint, options.which)
     config = load_config(["--config", str(path / "config.yaml"), *overrides])
     accelerator = start(config.train.mixed_precision)
     try:
         experiment = build_together(accelerator, config)
         model = experiment.build_model().to(accelerator.device)
+        check_classes(path, experiment)
         checkpoint.load_weights(path, model)
         result = evaluate(accelerator, model, experiment, options.split)
         if accelerator.is_main_process:
-            run = path.parent.parent if path.parent.name == "checkpoints" else path
-            _report(result, experiment, options.split, path, options.out or run)
+            beside = run if own and not overrides else run / "evaluations" / path.name
+            _report(result, experiment, options.split, path, options.out or beside)
+        problem = result.too_many_bad(config.data.max_bad_share)
+        if problem is not None:
+            raise ValueError(f"the results are not to be trusted: {problem}")
     finally:
         accelerator.end_training()
 
 
+def chosen(path: Path, which: str | None) -> tuple[Path, Path, bool]:
+    """Return (run folder, checkpoint, whether the run's own results are of it) for a run or checkpoint folder.
+
+    `which` (best or last) is by default the run's own evaluation.checkpoint. Raises ValueError if there is none.
+    """
+    run = path.resolve().parent.parent if path.resolve().parent.name == "checkpoints" else path
+    newest = checkpoint.find(path, "last")
+    own = load_config(["--config", str(newest / "config.yaml")]).evaluation.checkpoint
+    if run == path:
+        found = checkpoint.find(path, which or own)
+        return run, found, which in (None, own)
+    return run, newest, newest.name == checkpoint.find(run, own).name
+
+
+def check_classes(path: Path, experiment: Experiment) -> None:
+    """Raise ValueError if the corpora's classes are not those that a checkpoint was trained on."""
+    about = json.loads((path / "model.json").read_text(encoding="utf-8"))
+    for name, task in experiment.tasks.items():
+        trained, now = about["tasks"][name]["classes"], task.class_names()
+        if trained != now:
+            other = sorted(set(trained) ^ set(now)) or ["their order"]
+            raise ValueError(
+                f"checkpoint {path}: tasks.{name} was trained on {len(trained)} classes and the corpus has {len(now)}; "
+                f"they differ in {', '.join(other[:5])}"
+            )
+
+
 def _report(result: Evaluation, experiment: Experiment, split: str, path: Path, out: Path) -> None:
-    folder = RunFolder(out)
-    out.mkdir(parents=True, exist_ok=True)
     numbers = {split: result.numbers()}
-    folder.save_results(numbers)
-    print(f"{path}, {split}\n\n{results_table(numbers)}\n")
+    print(f"{path}, {split}, {len(result.bad)} bad files\n\n{results_table(numbers)}\n")
+    out.mkdir(parents=True, exist_ok=True)
+    RunFolder(out).save_results(numbers)
     for name, task in experiment.tasks.items():
         classes = task.class_names()
         if not classes or "confusion" not in result.metrics[name]:
@@ -78,15 +114,19 @@ def _report(result: Evaluation, experiment: Experiment, split: str, path: Path, 
         counts = result.confusion(name)
         rows = per_class_rows(counts, result.metrics[name]["map@3_per_class"], classes)
         print(f"{name}, per class\n\n{format_rows(rows)}\n")
-        stem = f"{split}_{name}"
-        with open(out / f"{stem}_per_class.csv", "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(rows)
-        with open(out / f"{stem}_confusion.csv", "w", newline="", encoding="utf-8") as file:
-            table = [[c, *map(int, row)] for c, row in zip(classes, counts.tolist(), strict=True)]
-            csv.writer(file).writerows([["truth \\ guess", *classes], *table])
-        figure = pictures.confusion_matrix(counts, classes, f"{name}, {split}")
-        figure.savefig(out / f"{stem}_confusion.png", dpi=110)
-        print(f"written: {out}/results.json, {stem}_per_class.csv, {stem}_confusion.csv and .png")
+        _write_classes(counts, rows, classes, out, f"{split}_{name}")
+
+
+def _write_classes(counts, rows: list[tuple], classes: list[str], out: Path, stem: str) -> None:
+    """Write a labelled task's per-class table and confusion matrix (K, K) as CSV, and the matrix as a picture."""
+    with open(out / f"{stem}_per_class.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    with open(out / f"{stem}_confusion.csv", "w", newline="", encoding="utf-8") as file:
+        table = [[c, *map(int, row)] for c, row in zip(classes, counts.tolist(), strict=True)]
+        csv.writer(file).writerows([["truth \\ guess", *classes], *table])
+    figure = pictures.confusion_matrix(counts, classes, stem.replace("_", " ", 1))
+    figure.savefig(out / f"{stem}_confusion.png", dpi=110)
+    print(f"written: {out}/results.json, {stem}_per_class.csv, {stem}_confusion.csv and .png")
 
 
 def main(words: list[str] | None = None) -> None:
@@ -97,7 +137,7 @@ def main(words: list[str] | None = None) -> None:
     options, overrides = parser.parse_known_args(words)
     try:
         options.act(options, overrides)
-    except (ConfigError, LaunchError, ValueError) as error:
+    except (ConfigError, LaunchError, ValueError, OSError, SafetensorError) as error:
         sys.exit(f"error: {error}")
 
 

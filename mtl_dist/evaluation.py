@@ -17,6 +17,8 @@ from mtl_dist.streams.rounds import keyed_generators
 from mtl_dist.tasks.base import Task, TaskBatch
 
 log = logging.getLogger("mtl_dist")
+LEAST_CLIPS_JUDGED = 200
+"""The share of bad clips is judged as of so many clips at least: one bad file among the first ten is no verdict."""
 CLIPS_PER_FORWARD = 16
 """Windows of one row that go through the model together; bounds memory for long recordings."""
 
@@ -29,6 +31,12 @@ class Evaluation:
     clips: dict[str, int]
     bad: list[str]
 
+    def too_many_bad(self, share: float) -> str | None:
+        """Return what is wrong if more than `share` of the clips could not be used."""
+        return too_many_bad(
+            self.bad, len(self.bad), len(self.bad) + sum(self.clips.values()), share
+        )
+
     def numbers(self) -> dict[str, dict[str, float]]:
         """Return the scalar metrics, as results.json and TensorBoard have them."""
         return {
@@ -40,6 +48,16 @@ class Evaluation:
     def confusion(self, task: str) -> torch.Tensor:
         """Return how often each class (row) was taken for each class (column): (K, K)."""
         return (self.metrics[task]["confusion"] * self.clips[task]).round()
+
+
+def too_many_bad(names: list[str], bad: int, clips: int, share: float) -> str | None:
+    """Return a message if `bad` of `clips` is more than data.max_bad_share; `names` says "file: reason"."""
+    if bad <= share * max(clips, LEAST_CLIPS_JUDGED):
+        return None
+    return (
+        f"{bad} of {clips} clips could not be used, more than data.max_bad_share {share}; the last: "
+        f"{names[-1] if names else 'see metrics.jsonl'}. Mend the corpus or allow more"
+    )
 
 
 def fixed_rows(table: datasets.Dataset, limit: int | None, split_seed: int) -> list[int]:

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from mtl_dist.audio.clips import ClipReader
 from mtl_dist.config import Config, ConfigError
 from mtl_dist.corpora import Corpus
+from mtl_dist.corpora.base import SPLITS
 from mtl_dist.models.multitask import MultitaskModel
 from mtl_dist.models.wavenet import WaveNetTrunk, receptive_field
 from mtl_dist.runtime import collect
@@ -109,13 +110,15 @@ def raise_together(accelerator: Accelerator, problem: list[str]) -> None:
 
 
 def _check_missing(corpora: dict[str, Corpus], max_bad_share: float) -> None:
+    splits_of = {"train": ("train", "validation"), "test": ("test",), "any": SPLITS}
     for corpus in corpora.values():
-        total = sum(map(len, corpus.splits.values())) + len(corpus.skipped)
-        if len(corpus.skipped) > max_bad_share * total:
-            raise ValueError(
-                f"corpora.{corpus.name}: {len(corpus.skipped)} of {total} listed files are missing, such as "
-                f"{corpus.skipped[0]}; complete the corpus, or allow a larger data.max_bad_share (now {max_bad_share})"
-            )
+        for part, paths in corpus.missing.items():
+            total = sum(len(corpus.splits[split]) for split in splits_of[part]) + len(paths)
+            if len(paths) > max_bad_share * total:
+                raise ValueError(
+                    f"corpora.{corpus.name}: {len(paths)} of {total} listed files are missing, such as {paths[0]}; "
+                    f"complete the corpus, or allow a larger data.max_bad_share (now {max_bad_share})"
+                )
 
 
 def fingerprint(table: datasets.Dataset) -> str:

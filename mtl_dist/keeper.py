@@ -2,8 +2,10 @@
 
 import logging
 import sys
+from pathlib import Path
 
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 from mtl_dist import checkpoint
 from mtl_dist.checkpoint import TrainState
@@ -25,7 +27,10 @@ class Keeper:
         self.experiment, self.accelerator, self.folder = experiment, accelerator, folder
         self.config, self.model = experiment.config, model
         self.adam = getattr(optimizer, "optimizer", optimizer)
-        self.tables = {name: fingerprint(experiment.table(name)) for name in experiment.tasks}
+        self.tables = {
+            f"corpora.{name}": fingerprint(corpus.splits["train"])
+            for name, corpus in experiment.corpora.items()
+        }
         self.kept_best: tuple[float | None, int] = (None, 0)
 
     def resume_or_start(self) -> TrainState:
@@ -44,6 +49,17 @@ class Keeper:
             self.kept_best = (state.best, state.best_round)
         elif state.best_round == state.round:  # not on the disk: the one that is stays the best
             state.best, state.best_round = self.kept_best
+
+    def load_best(self) -> Path | None:
+        """Load the best checkpoint's weights and return its folder; None, with a warning, if it cannot be read."""
+        best = checkpoint.best_checkpoint(self.folder.checkpoints)
+        try:
+            if best is not None:
+                checkpoint.load_weights(best, self.model)
+        except (SafetensorError, OSError) as error:
+            log.warning("the best checkpoint %s is skipped: %s; the last is used", best, error)
+            return None
+        return best
 
     def _write(self, state: TrainState) -> bool:
         """Return whether the disk took it."""
@@ -77,11 +93,14 @@ class Keeper:
             ConfigError: the ranks see different folders, or the corpora are not those of the checkpoint.
         """
         auto = self.config.run.resume == "auto"
-        path, state = (
-            checkpoint.load_newest(self.folder.checkpoints, self.model, self.adam)
-            if auto
-            else (None, None)
-        )
+        try:
+            path, state = (
+                checkpoint.load_newest(self.folder.checkpoints, self.model, self.adam)
+                if auto
+                else (None, None)
+            )
+        except ValueError as error:
+            raise ConfigError(f"run.dir: {error}") from error
         rounds = collect(self.accelerator, [state.round if state else 0])
         if len(set(rounds)) > 1:
             raise ConfigError(
@@ -93,8 +112,8 @@ class Keeper:
         changed = [n for n, t in self.tables.items() if state.tables.get(n, t) != t]
         if changed:
             raise ConfigError(
-                f"the clips of {', '.join(changed)} are not those that {path} was trained on (files were added, removed, "
-                "renamed or relabelled); restore the corpora, or start a new run"
+                f"{', '.join(changed)}: the training clips are not those that {path} was trained on (files were added, "
+                "removed, renamed or relabelled); restore the corpora, or start a new run"
             )
         if state.scaler is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.scaler)

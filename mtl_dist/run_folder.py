@@ -1,7 +1,9 @@
 """The run folder: config.yaml, environment.json, metrics.jsonl, tensorboard/, checkpoints/, results.json."""
 
+import fcntl
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import sys
@@ -13,6 +15,7 @@ import yaml
 from mtl_dist.config import Config, ConfigError, differences
 from mtl_dist.runtime import World
 
+log = logging.getLogger("mtl_dist")
 PACKAGES = (
     "torch",
     "accelerate",
@@ -65,6 +68,7 @@ class RunFolder:
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock()
             write_atomically(self.config, config.text)
             self.checkpoints.mkdir(exist_ok=True)
             write_atomically(
@@ -74,6 +78,18 @@ class RunFolder:
             raise ConfigError(
                 f"run.dir: {self.path} cannot be written ({error}); name another folder"
             ) from error
+
+    def _lock(self) -> None:
+        """Keep a second process from writing here, until this one ends: a stopped run may still be saving."""
+        self.lock = open(self.path / ".lock", "w", encoding="utf-8")
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loader workers
+        except (BlockingIOError, PermissionError):
+            raise ConfigError(
+                f"run.dir: another process is writing {self.path}; wait until it has ended, or name another folder"
+            ) from None
+        except OSError as error:
+            log.warning("%s cannot be locked against a second writer: %s", self.path, error)
 
     def keep_metrics_until(self, round_: int) -> None:
         """Drop entries of rounds after `round_`, which a resumed run will write again."""
@@ -91,9 +107,13 @@ class RunFolder:
 
     def save_results(self, results: dict[str, dict[str, dict[str, float]]]) -> None:
         """Merge {split: {task: {metric: number}}} into results.json."""
-        merged = (
-            json.loads(self.results.read_text(encoding="utf-8")) if self.results.exists() else {}
-        )
+        try:
+            merged = json.loads(self.results.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            merged = {}
+        except ValueError:
+            log.warning("%s was damaged and is written anew", self.results)
+            merged = {}
         write_atomically(self.results, json.dumps(merged | results, indent=2) + "\n")
 
 

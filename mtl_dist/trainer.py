@@ -1,12 +1,12 @@
 """The loop: rounds, validation, checkpoints, and when to stop."""
 
+import dataclasses
 import math
 import time
 
 from accelerate import Accelerator
 
-from mtl_dist import checkpoint
-from mtl_dist.evaluation import Evaluation, evaluate, examples
+from mtl_dist.evaluation import Evaluation, evaluate, examples, too_many_bad
 from mtl_dist.experiment import Experiment, Plan, plan_rounds
 from mtl_dist.keeper import Keeper
 from mtl_dist.monitor import Monitor
@@ -16,9 +16,6 @@ from mtl_dist.run_folder import RunFolder
 from mtl_dist.runtime import StopRequest, world_of
 from mtl_dist.streams.rounds import RoundStream, make_loader
 from mtl_dist.tables import results_table
-
-LEAST_CLIPS_JUDGED = 200
-"""The share of bad clips is judged as of so many clips at least: one bad file among the first ten is no verdict."""
 
 
 class TrainingError(RuntimeError):
@@ -43,6 +40,7 @@ class Trainer:
         self.model, self.optimizer = accelerator.prepare(self.bare_model, optimizer)
         self.keeper = Keeper(experiment, accelerator, folder, self.bare_model, self.optimizer)
         self.state = self.keeper.resume_or_start()
+        self.before = dataclasses.replace(self.state)  # bad files mended since then are forgiven
         self.is_main = accelerator.is_main_process
         metric, self.higher_is_better = experiment.tasks[self.config.train.main_task].best_metric
         self.best_metric = metric
@@ -52,6 +50,9 @@ class Trainer:
             self.monitor = Monitor(
                 folder, self.config, self.state.round, self.plan.rounds, self.plan.rounds_per_epoch
             )
+            missing = [p for c in experiment.corpora.values() for p in c.all_missing()]
+            if missing:
+                self.monitor.trouble(self.state.round, "missing_files", missing, len(missing))
 
     def train(self) -> dict[str, dict[str, dict[str, float]]] | None:
         """Train to the end and return {split: {task: {metric: number}}}, or None if it was asked to stop before.
@@ -161,25 +162,22 @@ class Trainer:
         if report.nonfinite and self.monitor is not None:
             in_a_row = state.nonfinite_in_a_row
             self.monitor.trouble(state.round, "nonfinite_losses", report.nonfinite, in_a_row)
-        self._judge_bad(state.bad_clips, state.clips, report.bad)
+        if report.bad:
+            clips = state.clips - self.before.clips
+            bad = state.bad_clips - self.before.bad_clips
+            self._end_if(too_many_bad(report.bad, bad, clips, self.config.data.max_bad_share))
         if report.nonfinite and state.nonfinite_in_a_row >= self.config.train.max_nonfinite:
-            self.keeper.save(self.state)
-            raise TrainingError(
+            self._end_if(
                 f"{state.nonfinite_in_a_row} rounds in a row had a loss that is not finite "
-                f"({'; '.join(report.nonfinite)}); go on with --run.resume auto and another --train.mixed_precision, or "
-                "start anew with lower learning rates or optim.clip_norm"
+                f"({'; '.join(report.nonfinite)}); try another --train.mixed_precision, or start anew with lower learning "
+                "rates or optim.clip_norm"
             )
 
-    def _judge_bad(self, bad: int, clips: int, names: list[str]) -> None:
-        """Save and end the run on all ranks when more than the allowed share of the clips could not be used."""
-        share = self.config.data.max_bad_share
-        if bad > share * max(clips, LEAST_CLIPS_JUDGED):
+    def _end_if(self, problem: str | None) -> None:
+        """Save and end the run on all ranks if there is a problem."""
+        if problem is not None:
             self.keeper.save(self.state)
-            raise TrainingError(
-                f"{bad} of {clips} clips could not be used, more than data.max_bad_share {share}; the last: "
-                f"{names[-1] if names else 'see metrics.jsonl'}. Mend the corpus or allow more, and go on with "
-                "--run.resume auto"
-            )
+            raise TrainingError(f"{problem}, and go on with --run.resume auto")
 
     def _validate(self) -> None:
         result = evaluate(self.accelerator, self.bare_model, self.experiment, "validation")
@@ -199,7 +197,7 @@ class Trainer:
             for task, place, waves in shown:
                 self.monitor.example(number, task, place, waves, self.experiment.reader.rate)
         self.accelerator.wait_for_everyone()
-        self._judge_bad(len(result.bad), len(result.bad) + sum(result.clips.values()), result.bad)
+        self._end_if(result.too_many_bad(self.config.data.max_bad_share))
 
     def _note_best(self, value: float) -> None:
         """Take note of a validation's main metric: a new best, or one more without."""
@@ -215,9 +213,7 @@ class Trainer:
     def _finish(self) -> dict[str, dict[str, dict[str, float]]]:
         """Evaluate the best or the last checkpoint, write results.json and the final table."""
         which = self.config.evaluation.checkpoint
-        best = checkpoint.best_checkpoint(self.folder.checkpoints) if which == "best" else None
-        if best is not None:
-            checkpoint.load_weights(best, self.bare_model)
+        scored = self.keeper.load_best() if which == "best" else None
         results: dict[str, Evaluation] = {
             split: evaluate(self.accelerator, self.bare_model, self.experiment, split)
             for split in ("validation", "test")
@@ -226,9 +222,15 @@ class Trainer:
         if self.is_main:
             self.monitor.final(numbers)
             self.monitor.say(
-                f"\nresults of {best or f'round {self.state.round}'}\n\n{results_table(numbers)}\n"
+                f"\nresults of {scored or f'round {self.state.round}'}\n\n{results_table(numbers)}\n"
             )
             self._write_results(numbers)
+            if results["test"].bad:
+                bad = results["test"].bad
+                self.monitor.trouble(self.state.round, "bad_files_in_test", bad, len(bad))
+        problem = results["test"].too_many_bad(self.config.data.max_bad_share)
+        if problem is not None:
+            raise TrainingError(f"the test results are not to be trusted: {problem}")
         return numbers
 
     def _write_results(self, numbers: dict) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import shutil
 
 import numpy as np
@@ -57,7 +58,7 @@ WRONG_TABLES = {
     "many files missing": (
         TRAIN,
         lambda rows: [*rows[:18], *(["no_" + r[0], *r[1:]] for r in rows[18:])],
-        "corpora.fsdkaggle2018: 7 of 103 listed files are missing, such as",
+        "corpora.fsdkaggle2018: 7 of 24 listed files are missing, such as",
     ),
 }  # fmt: skip
 
@@ -81,13 +82,50 @@ def test_a_missing_folder_or_file_is_named_with_its_field(root, gone):
     assert not (root / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--corpora.librispeech.root", "/gone"], "corpora.librispeech.root: the folder /gone does"),
+        (["--corpora.librispeech.splits", "[dev-clean]"], "there are the folders train-clean-100"),
+        (["--corpora.librispeech.root", "EMPTY/x"], "0 FLAC files of 0 speakers found; at least 3"),
+        (["--corpora.chime3.root", "/gone"], "corpora.chime3.root: the folder /gone does not exist"),
+        (["--corpora.chime3.root", "EMPTY"], "corpora.chime3: no BGD_*.wav of the environments"),
+        (["--corpora.chime3.environments", "[BTH]"], "environments there: ['BUS', 'CAF', 'PED', 'STR']"),
+    ],
+)  # fmt: skip
+def test_a_missing_or_empty_corpus_of_speech_or_noise_is_named(
+    corpora_root, tmp_path, words, message
+):
+    (tmp_path / "x" / "train-clean-100").mkdir(parents=True)
+    words = [word.replace("EMPTY", str(tmp_path)) for word in words]
+    tasks = ["--train.tasks", "[audio_tagging, noise_reduction]"]
+    assert message in refused(*tagging_words(corpora_root, tmp_path / "run", *tasks, *words))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"manifest": "/gone.csv"}, "corpora.folder.manifest: the file /gone.csv does not exist"),
+        ({"root": "/gone"}, "corpora.folder.root: the folder /gone does not exist"),
+        ({}, "set root (a folder) or manifest (a CSV file)"),
+        ({"manifest": "M"}, "line 2, column label: empty; every clip needs a label"),
+    ],
+)
+def test_a_missing_or_incomplete_corpus_of_ones_own_is_named(tmp_path, fields, message):
+    (tmp_path / "m.csv").write_text("path,label\na.wav,\n")
+    fields = {k: str(tmp_path / "m.csv") if v == "M" else v for k, v in fields.items()}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        CORPORA["folder"](**fields).load("folder", 0)
+
+
 def test_a_byte_order_mark_and_a_missing_file_cost_nothing_but_a_count(root):
     path = root / "FSDKaggle2018" / TRAIN
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     (root / "FSDKaggle2018" / "FSDKaggle2018.audio_train" / "train004.wav").unlink()
     ended = enter(*tagging_words(root, root / "run", "--train.rounds", "1"))
     assert ended.code == 0, ended.text
-    assert "79 test clips, 3 classes, 1 files missing" in ended.text
+    assert "79 test clips, 3 classes, 1 files missing, such as" in ended.text
 
 
 @pytest.mark.parametrize("text", [b"path\n\xff\xfe.wav\n", b"path\n" + b'"' + b"x" * 200_000])
@@ -207,12 +245,50 @@ def test_an_evaluation_counts_the_clips_that_it_could_read(root):
     assert '"clips": 76' in (root / "run" / "results.json").read_text()
 
 
-def test_an_evaluation_without_a_readable_clip_is_empty_and_no_error(root):
+def test_a_test_side_that_cannot_be_read_is_named_counted_and_fails_the_run(root):
     for path in (root / "FSDKaggle2018" / "FSDKaggle2018.audio_test").iterdir():
         spoil(path, "text")
+    words = tagging_words(root, root / "run", "--train.rounds", "1", "--evaluation.max_clips")
+    error = refused(*words, "null")
+    assert "the test results are not to be trusted: 79 of 79 clips" in error
+    assert '"clips": 0' in (root / "run" / "results.json").read_text()
+    assert entries(root / "run", "bad_files_in_test")[0]["total"] == 79
+
+
+def test_a_run_that_bad_files_stopped_goes_on_when_they_are_mended(root):
+    paths = list((root / "FSDKaggle2018" / "FSDKaggle2018.audio_train").iterdir())
+    whole = {path: path.read_bytes() for path in paths}
+    for path in paths:
+        spoil(path, "text")
+    words = tagging_words(root, root / "run", "--train.rounds", "8")
+    assert "go on with --run.resume auto" in refused(*words)
+    for path, content in whole.items():
+        path.write_bytes(content)
+    ended = enter(*words, "--run.resume", "auto")
+    assert ended.code == 0, ended.text
+
+
+def test_missing_files_are_named_in_the_log_and_counted_in_tensorboard(root):
+    gone = root / "FSDKaggle2018" / "FSDKaggle2018.audio_test" / "test003.wav"
+    gone.unlink()
     ended = enter(*tagging_words(root, root / "run", "--train.rounds", "1"))
     assert ended.code == 0, ended.text
-    assert '"clips": 0' in (root / "run" / "results.json").read_text()
+    assert str(gone) in ended.text
+    (entry,) = entries(root / "run", "missing_files")
+    assert (entry["messages"], entry["total"]) == ([str(gone)], 1)
+    events = EventAccumulator(str(root / "run" / "tensorboard")).Reload()
+    assert events.Scalars("data/missing_files")[0].value == 1
+
+
+def test_too_many_missing_files_are_judged_by_split_and_before_labels(root):
+    """Eight of 79 test clips are less than 5 % of neither side together; and no class is unknown for want of files."""
+    folder = root / "FSDKaggle2018" / "FSDKaggle2018.audio_test"
+    for number in range(8):
+        (folder / f"test00{number}.wav").unlink()
+    assert "8 of 79 listed files are missing" in refused(*tagging_words(root, root / "run"))
+    for path in sorted((root / "FSDKaggle2018" / "FSDKaggle2018.audio_train").iterdir())[::3]:
+        path.unlink()  # every clip of the first class
+    assert "8 of 24 listed files are missing" in refused(*tagging_words(root, root / "run"))
 
 
 ODD_CLIPS = {

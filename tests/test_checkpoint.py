@@ -267,16 +267,16 @@ def test_a_best_that_the_disk_did_not_take_is_not_called_the_best(
 @pytest.mark.parametrize("harm", ["pointer", "weights"])
 def test_a_damaged_best_costs_the_best_and_not_the_run(corpora_root, tmp_path, caplog, harm):
     trainer = trainer_of(corpora_root, tmp_path / "run", "--train.validate_every", "2")
-    root, judge = trainer.folder.checkpoints, trainer._judge_bad
+    root, watch = trainer.folder.checkpoints, trainer._end_if
 
     def spoil(*arguments):
         if harm == "pointer" and (root / "best.json").exists():
             (root / "best.json").write_text("{")
         for weights in root.glob("*/model.safetensors") if harm == "weights" else []:
             weights.write_bytes(b"")
-        judge(*arguments)
+        watch(*arguments)
 
-    trainer._judge_bad = spoil
+    trainer._end_if = spoil
     assert trainer.train() is not None
     trainer.close()
     said = "no checkpoint is known as the best" if harm == "pointer" else "has 0 of"

@@ -2,13 +2,14 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
 import tiny
 
 from mtl_dist import cli
-from mtl_dist.checkpoint import TrainState, save
+from mtl_dist.checkpoint import MARKER, TrainState, mark_best, save
 from mtl_dist.config import load_config
 from mtl_dist.optim import make_optimizer, schedules
 
@@ -26,7 +27,7 @@ def run_folder(tmp_path_factory, corpora_root, tiny_experiment):
         make_optimizer(model, config.optim, groups),
         TrainState(round=3),
         config.text,
-        {},
+        {"tasks": {n: {"classes": t.class_names()} for n, t in tiny_experiment.tasks.items()}},
     )
     return folder
 
@@ -65,6 +66,7 @@ def test_evaluate_keeps_the_results_of_other_splits(run_folder, tmp_path):
         (["evaluate", "RUN", "--evaluation.max_clps", "3"], "did you mean 'evaluation.max_clips'"),
         (["evaluate", "RUN", "--model.channels", "6"], "is of another model: "),
         (["evaluate", "RUN", "--corpora.fsdkaggle2018.root", "/nowhere"], "does not exist"),
+        (["evaluate", "RUN", "--out", "/proc/no"], "/proc/no"),
     ],
 )
 def test_mistakes_end_with_one_line_that_names_them(run_folder, words, message):
@@ -73,3 +75,68 @@ def test_mistakes_end_with_one_line_that_names_them(run_folder, words, message):
         cli.main(words)
     assert str(stop.value).startswith("error: ")
     assert message in str(stop.value)
+
+
+def test_only_what_the_run_itself_would_score_goes_into_its_results(run_folder):
+    """Another checkpoint or other settings are written apart; the run's own results stay."""
+    results = run_folder / "results.json"
+    cli.main(["evaluate", str(run_folder)])
+    before = results.read_bytes()
+    cli.main(["evaluate", str(run_folder), "--evaluation.max_clips", "2"])
+    assert results.read_bytes() == before
+    apart = run_folder / "evaluations" / "round_00000003" / "results.json"
+    assert json.loads(apart.read_text())["test"]["audio_tagging"]["clips"] == 2
+    cli.main(["evaluate", str(run_folder / "checkpoints" / "round_00000003")])
+    assert results.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("saved", "which", "round_"), [("best", None, 1), ("last", None, 2), ("last", "best", 1)]
+)
+def test_the_checkpoint_scored_is_the_one_the_run_scores(
+    tmp_path, corpora_root, saved, which, round_
+):
+    config = load_config([*tiny.tiny_words(corpora_root), "--evaluation.checkpoint", saved])
+    paths = [tmp_path / "checkpoints" / f"round_0000000{n}" for n in (1, 2)]
+    for path in paths:
+        path.mkdir(parents=True)
+        (path / "config.yaml").write_text(config.text)
+        (path / MARKER).write_text(json.dumps({"config.yaml": len(config.text)}))
+    mark_best(tmp_path / "checkpoints", paths[0])
+    run, path, own = cli.chosen(tmp_path, which)
+    assert (run, path, own) == (tmp_path, paths[round_ - 1], which is None)
+    assert cli.chosen(paths[0], None)[2] == (saved == "best")
+
+
+def test_a_corpus_of_other_classes_is_refused(run_folder, tmp_path):
+    path = run_folder / "checkpoints" / "round_00000003"
+    about = json.loads((path / "model.json").read_text())
+    other = tmp_path / "checkpoints" / path.name
+    shutil.copytree(path, other)
+    about["tasks"]["audio_tagging"]["classes"][0] = "Arf!"  # as long as "Bark"
+    (other / "model.json").write_text(json.dumps(about, indent=2))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["evaluate", str(tmp_path)])
+    assert "they differ in Arf!, Bark" in str(stop.value)
+
+
+@pytest.mark.slow
+def test_two_processes_score_what_one_scores(run_folder, tmp_path):
+    words = [
+        "evaluate",
+        str(run_folder),
+        "--split",
+        "test",
+        "--evaluation.max_clips",
+        "null",
+        "--out",
+    ]
+    cli.main([*words, str(tmp_path / "one")])
+    done = tiny.launch_two("mtl_dist/cli.py", *words, str(tmp_path / "two"))
+    assert done.returncode == 0, done.stderr
+    one, two = (
+        json.loads((tmp_path / n / "results.json").read_text())["test"] for n in ("one", "two")
+    )
+    assert one["audio_tagging"]["clips"] == 79
+    for task, metrics in one.items():
+        assert two[task] == pytest.approx(metrics, rel=1e-5, abs=1e-6)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,6 +51,23 @@ def test_demo_learns_all_four_tasks_and_says_where_to_look(demo):
     assert re.search(r"^audio_tagging +map@3 +[01][.\d]* +[01][.\d]*", printed, re.M), (
         "the final table"
     )
+
+
+@pytest.mark.slow
+def test_demos_sound_and_pictures_reach_tensorboard_at_every_validation(demo):
+    events = EventAccumulator(str(demo[0] / "tensorboard"), size_guidance={"images": 0, "audio": 0})
+    tags = events.Reload().Tags()
+    shown = {
+        "noise_reduction": ("1 noisy", "2 denoised", "3 clean"),
+        "upsampling": ("1 4 kHz", "2 upsampled", "3 original"),
+    }
+    entries = [json.loads(line) for line in (demo[0] / "metrics.jsonl").read_text().splitlines()]
+    rounds = [e["round"] for e in entries if e["kind"] == "validation"]
+    for task, waves in shown.items():
+        assert [e.step for e in events.Images(f"{task}/clip 0")] == rounds
+        for what in waves:
+            assert f"{task}/clip 0/{what}" in tags["audio"]
+    assert [e.step for e in events.Images("confusion/audio_tagging")] == rounds
 
 
 @pytest.mark.slow

@@ -13,9 +13,13 @@ import time
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 
+from mtl_dist.audio.clips import ClipReader
+from mtl_dist.corpora.base import AUDIO_SUFFIXES
+from mtl_dist.corpora.folder import Folder
 from mtl_dist.corpora.synthetic import synthesise
 
 ROOT = Path(__file__).parent.parent
@@ -149,7 +153,7 @@ def test_make_targets_of_the_readme_exist(folder):
 
 
 def test_every_kind_of_command_in_the_readme_is_run_by_a_test():
-    known = ("accelerate launch", "make", "mtl-dist", "tensorboard --logdir", ". .venv", "python")
+    known = ("accelerate launch", "make", "mtl-dist", "tensorboard --logdir", ". .venv")
     lines = [line for block in blocks("bash") for line in block.splitlines() if line]
     assert [line for line in lines if not line.startswith(known)] == []
 
@@ -170,5 +174,26 @@ def test_links_to_files_of_the_project_hold():
         assert (ROOT / target).exists(), target
 
 
-def test_own_audio_formats_are_those_of_libsndfile():
-    assert {"WAV", "FLAC", "OGG"} <= set(soundfile.available_formats())
+def test_the_folder_formats_that_the_readme_names_are_read(tmp_path):
+    (sentence,) = re.findall(r"A folder is searched for ([^;.]+?) files", " ".join(TEXT.split()))
+    named = re.findall(r"\w+", sentence.replace(" and ", " "))
+    assert {f".{suffix}" for suffix in named} == AUDIO_SUFFIXES
+    subtypes = {
+        "opus": ("OGG", "OPUS"),
+        "oga": ("OGG", "VORBIS"),
+        "ogg": ("OGG", "VORBIS"),
+        "snd": ("AU", "PCM_16"),
+    }
+    subtypes |= {"aif": ("AIFF", "PCM_16"), "aifc": ("AIFF", "PCM_16"), "wave": ("WAV", "PCM_16")}
+    subtypes["mp3"] = ("MP3", "MPEG_LAYER_III")
+    for suffix in named:
+        kind, subtype = subtypes.get(suffix, (suffix.upper(), "PCM_16"))
+        soundfile.write(
+            tmp_path / f"clip.{suffix}", np.full(8000, 0.5), 16_000, subtype, format=kind
+        )
+    corpus = Folder(root=str(tmp_path), validation_share=0, test_share=0).load("folder", 0)
+    reader = ClipReader(rate=16_000)
+    waves = [
+        reader.crop(row, 4000, np.random.default_rng(0)).wave for row in corpus.splits["train"]
+    ]
+    assert [len(wave) for wave in waves] == [4000] * len(named)

@@ -20,6 +20,7 @@ def finished(corpora_root, tmp_path_factory):
 def test_a_run_folder_holds_what_the_run_was(finished):
     run, _ = finished
     assert sorted(path.name for path in run.iterdir()) == [
+        ".lock",
         "checkpoints",
         "config.yaml",
         "environment.json",

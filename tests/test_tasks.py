@@ -193,6 +193,20 @@ def test_noise_has_exactly_the_snr_that_was_drawn(tiny_experiment):
     assert len({recorder.uniforms[0] for recorder in recorders}) == len(clips)
 
 
+def test_a_clip_whose_background_is_silent_is_no_score_of_noise_reduction(tiny_experiment):
+    """It has some 90 dB to lose and nothing to gain: one of them would drown the mean of a hundred."""
+    task = tiny_experiment.tasks["noise_reduction"]
+    wave = torch.sin(torch.arange(800.0))[None]
+    noisy = wave + 0.1 * torch.cos(torch.arange(800.0) * 1.7)
+    valid = torch.tensor([800])
+    outputs = torch.randn(1, 800)
+    for inputs, heard in ((wave, 0), (noisy, 1)):
+        metrics = task.metrics(outputs, TaskBatch(inputs, wave, valid))
+        for name in ("si_sdr_noisy", "si_sdr_denoised", "si_sdr_improvement"):
+            assert metrics[name][1] == heard
+            assert bool(metrics[name][0] != 0) == bool(heard)
+
+
 def test_noise_of_a_split_is_not_heard_in_another(tiny_experiment):
     """Training hears the first 80 % of a recording only: the noise must be found there, sample for sample."""
     task = tiny_experiment.tasks["noise_reduction"]

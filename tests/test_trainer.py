@@ -5,10 +5,12 @@ import json
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 
 from mtl_dist import checkpoint
 from mtl_dist.config import ConfigError, load_config
 from mtl_dist.experiment import build_experiment, fingerprint
+from mtl_dist.models.wavenet import WaveNetTrunk
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.runtime import StopRequest, start, world_of
 from mtl_dist.trainer import Trainer
@@ -23,6 +25,7 @@ def make_trainer(tmp_path, corpora_root):
 
     def make(*words):
         alone = ["--train.tasks", "[audio_tagging]", "--run.dir", str(tmp_path / "run")]
+        words = [word.format(tmp_path) for word in words]
         config = load_config([*tiny.tiny_words(corpora_root), *alone, *words])
         accelerator = start("no")
         folder = RunFolder(config.run.dir)
@@ -79,12 +82,13 @@ def test_other_clips_or_labels_than_the_checkpoints_are_refused(make_trainer):
     trainer.train()
     (path,) = checkpoint.whole_checkpoints(folder.checkpoints)
     state = json.loads((path / "state.json").read_text())
-    state["tables"]["audio_tagging"] = "of other clips"
+    assert set(state["tables"]) == {"corpora.fsdkaggle2018"}
+    state["tables"]["corpora.fsdkaggle2018"] = "of other clips"
     text = json.dumps(state)
     (path / "state.json").write_text(text)
     sizes = json.loads((path / checkpoint.MARKER).read_text()) | {"state.json": len(text)}
     (path / checkpoint.MARKER).write_text(json.dumps(sizes))
-    with pytest.raises(ConfigError, match="the clips of audio_tagging are not those"):
+    with pytest.raises(ConfigError, match=r"corpora.fsdkaggle2018: the training clips are not"):
         make_trainer("--train.rounds", "3", "--train.validate_every", "2", "--run.resume", "auto")
 
 
@@ -108,3 +112,65 @@ def test_a_checkpoint_of_the_right_size_but_unreadable_is_skipped(make_trainer):
         "--train.rounds", "2", "--train.validate_every", "1", "--run.resume", "auto"
     )
     assert again.state.round == 1
+
+
+def test_the_configured_schedule_accumulation_clipping_and_decay_reach_the_step(make_trainer):
+    """joint and accumulated == round_robin in one piece; clipped to nothing, nothing moves; rates fall by epochs."""
+    decay = ["--optim.decay_factor", "0.5", "--optim.decay_epochs", "1"]
+    words = ["--train.tasks", "[audio_tagging, upsampling]", "--train.rounds", "12", *decay]
+    ended = {}
+    for name, more in {
+        "whole": ["--train.schedule", "round_robin"],
+        "joint": ["--train.schedule", "joint", "--train.micro_batch", "2"],
+        "clipped": ["--optim.clip_norm", "1e-30"],
+    }.items():
+        trainer, folder = make_trainer(*words, *more, "--run.dir", f"{{}}/{name}")
+        before = [p.detach().clone() for p in trainer.bare_model.parameters()]
+        trainer.train()
+        ended[name] = before, [p.detach() for p in trainer.bare_model.parameters()]
+        steps = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    for one, other in zip(ended["whole"][1], ended["joint"][1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    for old, new in zip(*ended["clipped"], strict=True):
+        torch.testing.assert_close(old, new, rtol=0, atol=1e-9)
+    assert not torch.equal(ended["whole"][0][0], ended["whole"][1][0])
+    per_epoch = trainer.main_clips / trainer.config.train.global_batch
+    rates = {e["round"]: e["learning_rate/trunk"] for e in steps if e["kind"] == "round"}
+    base = trainer.config.optim.learning_rate
+    assert rates == {n: base * 0.5 ** int((n - 1) // per_epoch) for n in range(1, 13)}
+    assert rates[12] <= base / 4
+
+
+def test_a_second_process_cannot_write_the_same_run(make_trainer, tmp_path):
+    _, folder = make_trainer()
+    program = (
+        "import sys; from mtl_dist.run_folder import RunFolder; RunFolder(sys.argv[1])._lock()"
+    )
+    done = tiny.run_process(["-c", program, str(folder.path)])
+    assert done.returncode != 0
+    assert "another process is writing" in done.stderr
+
+
+def test_a_damaged_results_file_is_written_anew(make_trainer):
+    trainer, folder = make_trainer("--train.rounds", "1")
+    folder.results.write_text("{")
+    results = trainer.train()
+    assert json.loads(folder.results.read_text()) == results
+
+
+def test_the_published_weights_and_their_json_rebuild_the_trunk(make_trainer):
+    trainer, folder = make_trainer("--train.rounds", "1")
+    trainer.train()
+    (path,) = checkpoint.whole_checkpoints(folder.checkpoints)
+    about = json.loads((path / "model.json").read_text())
+    weights = load_file(path / "model.safetensors")
+    trunk = WaveNetTrunk(**about["model"])
+    trunk.load_state_dict(
+        {n.removeprefix("trunk."): w for n, w in weights.items() if n.startswith("trunk.")}
+    )
+    wave = torch.randn(2, 300)
+    assert torch.equal(trunk(wave), trainer.bare_model.trunk(wave))
+    assert trunk.receptive_field == about["receptive_field_samples"]
+    assert about["data"]["sample_rate"] == 16_000
+    classes = trainer.experiment.tasks["audio_tagging"].class_names()
+    assert about["tasks"]["audio_tagging"]["classes"] == classes

@@ -23,7 +23,10 @@ FEATURES = datasets.Features(
     }
 )
 SPLITS = ("train", "validation", "test")
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif", ".au", ".w64", ".opus")
+AUDIO_SUFFIXES = frozenset(
+    ".wav .wave .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .snd .caf .w64 .rf64".split()
+)
+"""What is audio in a folder; a manifest may name anything that libsndfile reads."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -33,14 +36,20 @@ class Corpus:
     name: str
     splits: dict[str, datasets.Dataset]
     classes: list[str] = dataclasses.field(default_factory=list)
-    skipped: list[str] = dataclasses.field(default_factory=list)
+    missing: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    """{split, or `any` where a table does not say: paths that are listed and not there}."""
 
     def describe(self) -> str:
         """One line for the log."""
         sizes = ", ".join(f"{len(rows)} {split}" for split, rows in self.splits.items())
         labels = f", {len(self.classes)} classes" if self.classes else ""
-        missing = f", {len(self.skipped)} files missing" if self.skipped else ""
+        absent = self.all_missing()
+        missing = f", {len(absent)} files missing, such as {absent[0]}" if absent else ""
         return f"{self.name}: {sizes} clips{labels}{missing}"
+
+    def all_missing(self) -> list[str]:
+        """Return the paths of all files that are listed and not there."""
+        return [path for paths in self.missing.values() for path in paths]
 
 
 CORPORA: dict[str, type] = {}
@@ -59,7 +68,10 @@ def register_corpus(name: str) -> Callable[[type], type]:
 
 
 def make_corpus(
-    name: str, rows: Iterable[dict], classes: list[str] | None = None, skipped: Iterable[str] = ()
+    name: str,
+    rows: Iterable[dict],
+    classes: list[str] | None = None,
+    missing: dict[str, list[str]] | None = None,
 ) -> Corpus:
     """Build a Corpus from rows {"id", "path", "label" (a class name or None), "split"}.
 
@@ -86,7 +98,7 @@ def make_corpus(
         split: datasets.Dataset.from_dict({c: [row[c] for row in part] for c in FEATURES}, FEATURES)
         for split, part in table.items()
     }
-    return Corpus(name=name, splits=splits, classes=classes, skipped=list(skipped))
+    return Corpus(name=name, splits=splits, classes=classes, missing=missing or {})
 
 
 def require_folder(folder: Path, field: str, remedy: str) -> Path:

@@ -85,7 +85,7 @@ class Folder:
                 require_label(
                     row["label"], classes, f"{row['path']}, not among the training labels"
                 )
-        return make_corpus(name, rows, classes, missing)
+        return make_corpus(name, rows, classes, {"any": missing})
 
     def _from_folder(self, name: str) -> list[dict]:
         root = require_folder(

@@ -43,14 +43,13 @@ class FSDKaggle2018:
     def load(self, name: str, split_seed: int) -> Corpus:
         """List the clips. Raises ValueError naming the folder, file, column or row that is wrong."""
         root = resolve_root(self.root, name, "FSDKaggle2018")
-        train, missing_train = _read_table(root, "train", None, name)
-        classes = sorted(set(train.values()))
+        train, missing_train, classes = _read_table(root, "train", None, name)
         if alike(classes):
             raise ValueError(
                 f"{root / META / TABLES['train']}: the labels {alike(classes)} differ in case or spaces only; write "
                 "them alike"
             )
-        test, missing_test = _read_table(root, "test", classes, name)
+        test, missing_test, _ = _read_table(root, "test", classes, name)
         validation = stratified_share(train, self.validation_share, split_seed, name, "validation")
         rows = []
         for fname, label in train.items():
@@ -60,13 +59,13 @@ class FSDKaggle2018:
         for fname, label in test.items():
             path = root / "FSDKaggle2018.audio_test" / fname
             rows.append({"id": f"{name}/{fname}", "path": path, "label": label, "split": "test"})
-        return make_corpus(name, rows, classes, [*missing_train, *missing_test])
+        return make_corpus(name, rows, classes, {"train": missing_train, "test": missing_test})
 
 
 def _read_table(
     root: Path, part: str, classes: list[str] | None, name: str
-) -> tuple[dict[str, str], list[str]]:
-    """Return {file name: label} of the rows whose file is there, and the paths of the others."""
+) -> tuple[dict[str, str], list[str], list[str]]:
+    """Return {file name: label} of the rows whose file is there, the paths of the others, and all labels."""
     remedy = "unpack the Zenodo archives (record 2552860) side by side there"
     field = f"corpora.{name}.root"
     folder = require_folder(root / f"FSDKaggle2018.audio_{part}", field, remedy)
@@ -85,9 +84,10 @@ def _read_table(
         labels[row["fname"]] = known
     if not labels:
         raise ValueError(f"{table}: holds no clips")
+    every = sorted(set(labels.values()))
     for fname in [fname for fname in labels if fname not in there]:
         missing.append(str(folder / fname))
         del labels[fname]
     if not labels:
         raise ValueError(f"{table}: none of its {len(missing)} files is in {folder}")
-    return labels, missing
+    return labels, missing, every

@@ -61,10 +61,13 @@ class NoiseReduction(RegressionTask):
         return TaskBatch(inputs, targets, valid_lengths(clips))
 
     def metrics(self, outputs: Tensor, batch: TaskBatch) -> dict[str, SumCount]:
-        """Add SI-SDR in dB of the noisy input and of the output, and the improvement, per clip."""
+        """Add SI-SDR in dB of the noisy input and of the output, and the improvement, per clip with noise."""
         estimate, target, noisy = self.compared(outputs, batch)
         before, heard = si_sdr(noisy, target)
-        after, _ = si_sdr(estimate, target)
+        heard = (
+            heard * (noisy != target).any()
+        )  # a silent stretch of background adds nothing to remove
+        before, after = before * heard, si_sdr(estimate, target)[0] * heard
         result = super().metrics(outputs, batch)
         result["si_sdr_noisy"] = (before, heard)
         result["si_sdr_denoised"] = (after, heard)
