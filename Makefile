@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
 .PHONY: demo test test-marked clean
 .DEFAULT_GOAL := demo
 
@@ -17,10 +19,10 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -m "not slow and not deepspeed and not slurm"
+	$(PYTEST) -m "not slow and not deepspeed and not slurm"
 
 test-marked: .venv/installed
-	$(BIN)/python -m pytest -m "slow or deepspeed or slurm"
+	$(PYTEST) -m "slow or deepspeed or slurm"
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -6,6 +6,7 @@ A run that has its results.json is not run again. Not FSDKaggle2018: the sample 
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -27,9 +28,14 @@ SEEDS = (0, 1, 2)
 METRICS = ("map@3", "accuracy", "map@3_single_crop", "accuracy_single_crop")
 
 
+def folder_of(out: Path, variant: str, seed: int) -> Path:
+    """Return a run's folder."""
+    return out / f"{variant.replace(' ', '_')}_seed{seed}"
+
+
 def run(out: Path, variant: str, seed: int, words: list[str]) -> dict:
     """Train one run unless it is there, and return its test results."""
-    folder = out / f"{variant.replace(' ', '_')}_seed{seed}"
+    folder = folder_of(out, variant, seed)
     if not (folder / "results.json").exists():
         launch = [
             "accelerate",
@@ -48,19 +54,40 @@ def run(out: Path, variant: str, seed: int, words: list[str]) -> dict:
     return json.loads((folder / "results.json").read_text())["test"]
 
 
-def table(results: dict[str, dict[int, dict]]) -> str:
+def table(out: Path, results: dict[str, dict[int, dict]]) -> str:
     """Return the README's table: a row per run, then mean and spread (largest - smallest) per variant."""
-    lines = ["| run | " + " | ".join(METRICS) + " |", "|---|" + "---|" * len(METRICS)]
+    lines = [
+        "| run | " + " | ".join(METRICS) + " | minutes |",
+        "|---|" + "---|" * (len(METRICS) + 1),
+    ]
     for variant, runs in results.items():
         rows = [[run["audio_tagging"][metric] for metric in METRICS] for run in runs.values()]
         for seed, row in zip(runs, rows, strict=True):
+            cells = " | ".join(f"{x:.3f}" for x in row)
             lines.append(
-                f"| {variant}, seed {seed} | " + " | ".join(f"{x:.3f}" for x in row) + " |"
+                f"| {variant}, seed {seed} | {cells} | {minutes(out, variant, seed):.0f} |"
             )
         columns = list(zip(*rows, strict=True))
         cells = [f"**{statistics.mean(c):.3f}** ({max(c) - min(c):.3f})" for c in columns]
-        lines.append(f"| **{variant}, mean (spread)** | " + " | ".join(cells) + " |")
+        lines.append(f"| **{variant}, mean (spread)** | " + " | ".join(cells) + " | |")
     return "\n".join(lines)
+
+
+def entries(out: Path, variant: str, seed: int) -> list[dict]:
+    """Return what metrics.jsonl holds of a run."""
+    text = (folder_of(out, variant, seed) / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def minutes(out: Path, variant: str, seed: int) -> float:
+    """Return the time that a run trained and validated, final evaluation aside."""
+    steps = [e for e in entries(out, variant, seed) if e["kind"] == "round"]
+    rounds = [
+        after["round"] - before["round"]
+        for before, after in itertools.pairwise([{"round": 0}, *steps])
+    ]
+    seconds = [e["time/seconds_per_round"] for e in steps]
+    return sum(s * n for s, n in zip(seconds, rounds, strict=True)) / 60
 
 
 def auxiliary_table(runs: dict[int, dict]) -> str:
@@ -82,12 +109,11 @@ def auxiliary_table(runs: dict[int, dict]) -> str:
     return "\n".join(lines)
 
 
-def validation_curve(folder: Path) -> tuple[list[float], list[float]]:
+def validation_curve(out: Path, variant: str, seed: int) -> tuple[list[float], list[float]]:
     """Return rounds and MAP@3 of a run's validations."""
-    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     points = [
         (e["round"], e["validation/audio_tagging/map@3"])
-        for e in entries
+        for e in entries(out, variant, seed)
         if e["kind"] == "validation"
     ]
     return tuple(zip(*points, strict=True))
@@ -103,7 +129,7 @@ def picture(out: Path, results: dict[str, dict[int, dict]], target: Path) -> Non
         left.scatter([place] * len(values), values, color=colour, zorder=3)
         left.text(place, 0.03, f"{statistics.mean(values):.3f}", ha="center", fontsize=11)
         for number, seed in enumerate(runs):
-            curve = validation_curve(out / f"{variant.replace(' ', '_')}_seed{seed}")
+            curve = validation_curve(out, variant, seed)
             right.plot(*curve, color=colour, alpha=0.8, label=None if number else variant)
     left.set_xticks(range(len(results)), list(results))
     left.set_ylim(0, 1)
@@ -131,7 +157,11 @@ def main() -> None:
             zip(jobs, pool.map(lambda job: run(options.out, *job, words), jobs), strict=True)
         )
     results = {variant: {seed: done[variant, seed] for seed in SEEDS} for variant in VARIANTS}
-    print(table(results), auxiliary_table(results["with all three auxiliary tasks"]), sep="\n\n")
+    print(
+        table(options.out, results),
+        auxiliary_table(results["with all three auxiliary tasks"]),
+        sep="\n\n",
+    )
     picture(options.out, results, options.picture)
 
 

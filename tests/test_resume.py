@@ -1,7 +1,10 @@
 """The resume law with the real entry, as separate processes: a run in pieces equals the run in one piece, bit for bit."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import tiny
@@ -85,6 +88,29 @@ def test_sigterm_saves_and_the_resumed_run_equals_the_run_in_one_piece(
     assert (run / "checkpoints" / "round_00000007" / "COMPLETE").is_file()
     assert not (run / "results.json").exists()
     assert_the_same_run(train(corpora_root, run), whole)
+
+
+@pytest.mark.parametrize("file", ["one_cpu", "two_cpu_processes"])
+def test_ctrl_c_at_the_launcher_saves_and_the_run_goes_on(corpora_root, whole, tmp_path, file):
+    """A terminal sends Ctrl-C to the launcher and to all it started; the launcher may be gone before they are."""
+    run = tmp_path / "run"
+    config = ["--config_file", f"launch_configs/{file}.yaml"]
+    script = ["tests/workers/interrupted.py", "SIGINT", "6", *words(corpora_root, run)]
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "accelerate.commands.launch", *config, *script],
+        cwd=tiny.REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "LAUNCHED": "yes"},
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    said = launcher.communicate(timeout=240)[1]  # until the last of them has ended
+    assert launcher.returncode != 0
+    assert "stopped after round 7; go on with --run.resume auto" in said
+    assert (run / "checkpoints" / "round_00000007" / "COMPLETE").is_file()
+    train(corpora_root, run)
+    if file == "one_cpu":
+        assert_the_same_run(run, whole)
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint_and_equals_the_run_in_one_piece(

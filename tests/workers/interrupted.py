@@ -22,7 +22,8 @@ def interrupted(self, number, *arguments):
         os.killpg(os.getpgrp(), getattr(signal, NAME))
 
 
-os.setpgrp()  # a group of its own: nobody else is hit
+if "LAUNCHED" not in os.environ:
+    os.setpgrp()  # a group of its own: nobody else is hit; a launcher has one already, and shall be hit
 Monitor.round = interrupted
 sys.argv = [str(ENTRY), *sys.argv[3:]]
 runpy.run_path(str(ENTRY), run_name="__main__")
