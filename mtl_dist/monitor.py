@@ -91,7 +91,7 @@ class Monitor:
             "validation", number, {f"validation/{name}": value for name, value in flat.items()}
         )
         if result.bad:
-            self._note(number, "bad_files_in_validation", result.bad, len(result.bad))
+            self.note(number, "bad_files_in_validation", result.bad, len(result.bad))
         for task, names in classes.items():
             if "confusion" in result.metrics[task]:
                 title = f"{task}, round {number}"
@@ -116,7 +116,7 @@ class Monitor:
 
     def trouble(self, number: int, kind: str, messages: list[str], total: int) -> None:
         """Write bad files or skipped rounds: names, and how many so far."""
-        self._note(number, kind, messages, total)
+        self.note(number, kind, messages, total)
         for message in messages:
             self.say(f"round {number}: {kind.replace('_', ' ')}: {message}")
 
@@ -148,7 +148,8 @@ class Monitor:
         with not_worth_a_run("the end of metrics.jsonl"):
             self.lines.close()
 
-    def _note(self, number: int, kind: str, messages: list[str], total: int) -> None:
+    def note(self, number: int, kind: str, messages: list[str], total: int) -> None:
+        """Write names and a count, without a line on the terminal."""
         with not_worth_a_run(f"data/{kind} for TensorBoard"):
             self.writer.add_scalar(f"data/{kind}", total, number)
             self.writer.add_text(f"data/{kind}", "  \n".join(messages), number)

@@ -52,7 +52,7 @@ class Trainer:
             )
             missing = [p for c in experiment.corpora.values() for p in c.all_missing()]
             if missing:
-                self.monitor.trouble(self.state.round, "missing_files", missing, len(missing))
+                self.monitor.note(self.state.round, "missing_files", missing, len(missing))
 
     def train(self) -> dict[str, dict[str, dict[str, float]]] | None:
         """Train to the end and return {split: {task: {metric: number}}}, or None if it was asked to stop before.
