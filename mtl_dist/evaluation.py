@@ -67,14 +67,26 @@ def fixed_rows(table: datasets.Dataset, limit: int | None, split_seed: int) -> l
 
 
 def evaluation_batches(
-    experiment: Experiment, task: Task, table: datasets.Dataset, rows: list[int], bad: list[str]
-) -> Iterator[TaskBatch]:
-    """Yield one batch per readable row, with draws that never change; note the others in `bad`."""
-    keyed = keyed_generators(experiment.config.data.split_seed, task.name, "evaluation")
+    experiment: Experiment,
+    task: Task,
+    table: datasets.Dataset,
+    rows: list[int],
+    bad: list[str],
+    crops: int = 1,
+) -> Iterator[list[TaskBatch]]:
+    """Yield each readable row's batches, with draws that never change; note the others in `bad`.
+
+    One batch, or `crops` of them where the task is scored by crops: each a crop with draws of its own.
+    """
+    seed = experiment.config.data.split_seed
+    draws = [f"evaluation {n}" if n else "evaluation" for n in range(crops)]
+    keyed = [keyed_generators(seed, task.name, d) for d in draws[: crops if task.by_crops else 1]]
     for row in table.select(rows).to_iterable_dataset() if rows else []:
         try:
-            clips = task.evaluation_clips(row, experiment.reader, keyed)
-            yield task.prepare(clips, keyed)
+            yield [
+                task.prepare(task.evaluation_clips(row, experiment.reader, key), key)
+                for key in keyed
+            ]
         except BadClipError as error:
             bad.append(str(error))
 
@@ -104,9 +116,11 @@ def evaluate(
             accelerator.process_index :: accelerator.num_processes
         ]
         sums, bad, done = Sums(), [], 0
-        for batch in evaluation_batches(experiment, task, table, rows, bad):
-            outputs = forward(accelerator, model, name, batch)
-            sums.add(task.metrics(outputs, batch.to(accelerator.device)))
+        crops = experiment.config.evaluation.crops
+        for batches in evaluation_batches(experiment, task, table, rows, bad, crops):
+            for batch in batches:
+                outputs = forward(accelerator, model, name, batch)
+                sums.add(task.metrics(outputs, batch.to(accelerator.device)))
             done += 1
         parts = collect(accelerator, [(sums.sums, done, bad)])
         total = Sums()
@@ -128,7 +142,7 @@ def examples(accelerator: Accelerator, model, experiment: Experiment, split: str
     for name, task in experiment.tasks.items():
         table = experiment.evaluation_table(name, split)
         rows = fixed_rows(table, number, experiment.config.data.split_seed)
-        for place, batch in enumerate(evaluation_batches(experiment, task, table, rows, [])):
+        for place, (batch,) in enumerate(evaluation_batches(experiment, task, table, rows, [])):
             outputs = forward(accelerator, model, name, batch)
             waves = task.showcase(outputs, batch.to(accelerator.device))
             if waves:

@@ -176,6 +176,8 @@ class EvaluationConfig:
 
     max_clips: int | None = None
     """Evaluate at most so many clips of a task and split, always the same; null for all."""
+    crops: int = 1
+    """Crops of each clip that a self-supervised task is scored on, always the same; more of them, less chance."""
     checkpoint: Literal["best", "last"] = "best"
     """Which checkpoint the results are of: the one with the best validation of the main task, or the last."""
     examples: int = 2
@@ -188,4 +190,5 @@ class EvaluationConfig:
             self.max_clips is None or self.max_clips >= 1,
             "1 or more, or null",
         )
+        check("crops", self.crops, self.crops >= 1, "1 or more")
         check("examples", self.examples, self.examples >= 0, "0 or more")

@@ -68,6 +68,36 @@ def test_79_clips_on_two_processes_are_heard_once_and_give_the_single_process_nu
         assert_same_metrics(rank["metrics"], truth)
 
 
+def test_several_crops_of_a_clip_have_draws_of_their_own_and_are_averaged(corpora_root, truth):
+    words = ["--evaluation.max_clips", "null", "--evaluation.crops", "3"]
+    experiment = build_experiment(load_config(tiny.tiny_words(corpora_root, *words)))
+    task, table = (
+        experiment.tasks["noise_reduction"],
+        experiment.evaluation_table("noise_reduction", "test"),
+    )
+    arguments = (experiment, task, table, list(range(len(table))), [])
+    scores = []
+    for row, (alone,) in zip(
+        evaluation.evaluation_batches(*arguments, crops=3),
+        evaluation.evaluation_batches(*arguments),
+        strict=True,
+    ):
+        assert torch.equal(row[0].inputs, alone.inputs)
+        assert len({tuple(batch.inputs[0].tolist()) for batch in row}) == 3
+        for batch in row:
+            clean, noise = batch.targets[0].double(), (batch.inputs - batch.targets)[0].double()
+            scores.append(float(10 * torch.log10(clean.square().sum() / noise.square().sum())))
+    result = evaluation.evaluate(
+        Accelerator(cpu=True), experiment.build_model(), experiment, "test"
+    )
+    found = float(result.metrics["noise_reduction"]["si_sdr_noisy"])
+    assert found == pytest.approx(sum(scores) / len(scores), abs=0.5)  # SI-SDR lets the scale go
+    assert result.clips == truth.clips
+    assert_same_metrics(
+        {"audio_tagging": result.metrics["audio_tagging"]}, _only(truth, "audio_tagging")
+    )
+
+
 @pytest.mark.parametrize("size", [3, 5])
 def test_any_number_of_ranks_gives_the_single_process_numbers(experiment, truth, monkeypatch, size):
     """The ranks one after another: what each would send is kept, and the last gets it all."""

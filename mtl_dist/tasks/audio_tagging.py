@@ -31,6 +31,7 @@ class AudioTagging(Task):
     """Classify a clip into one of the classes of its corpus."""
 
     best_metric: ClassVar = ("map@3", True)
+    by_crops: ClassVar = False
 
     @dataclasses.dataclass(kw_only=True)
     class Config(TaskConfig):

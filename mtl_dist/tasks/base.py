@@ -83,6 +83,9 @@ class Task:
     best_metric: ClassVar[tuple[str, bool]] = ("loss", False)
     """What chooses the best checkpoint where this is the main task: (validation metric, whether higher is better)."""
 
+    by_crops: ClassVar[bool] = True
+    """Whether a clip is scored by evaluation.crops crops, one at a time, or by what `evaluation_clips` returns together."""
+
     def __init__(self, config: TaskConfig, context: TaskContext):
         self.config, self.context = config, context
         self.crop_samples = (
