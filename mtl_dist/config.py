@@ -95,17 +95,12 @@ class Config:
         return list(dict.fromkeys(names))
 
     def hyper_parameters(self) -> dict[str, object]:
-        """Return `flat` without what this run does not use, what differs most between runs first."""
+        """Return `flat` without the tasks and corpora that this run does not use."""
         used = {"tasks": self.train.tasks, "corpora": self.corpora_heard()}
-        order = ("run.seed", "train.tasks", "optim", "model", "tasks", "train", "data", "corpora")
-        flat = {
-            name: value
-            for name, value in self.flat().items()
-            for section, _, rest in [name.partition(".")]
-            if section not in used or rest.partition(".")[0] in used[section]
-        }
-        ranked = {prefix: [n for n in flat if f"{n}.".startswith(f"{prefix}.")] for prefix in order}
-        return {name: flat[name] for names in ranked.values() for name in names}
+        flat = self.flat()
+        parts = {name: name.split(".") for name in flat}
+        kept = [n for n, (section, sub, *_) in parts.items() if sub in used.get(section, [sub])]
+        return {name: flat[name] for name in kept}
 
 
 def build_parser() -> jsonargparse.ArgumentParser:
