@@ -145,7 +145,18 @@ def load_config(words: list[str]) -> Config:
     tasks = {n: _make(t.Config, parsed["tasks"][n], f"tasks.{n}") for n, t in TASKS.items()}
     config = Config(**sections, corpora=corpora, tasks=tasks, text=text)
     _check_together(config)
+    _check_length(words, config)
     return config
+
+
+def _check_length(words: list[str], config: Config) -> None:
+    """Refuse a length in epochs on the command line that the recipe's length in rounds would override unheard."""
+    fields = {word.partition("=")[0] for word in words}
+    unheard = "--train.epochs" in fields and "--train.rounds" not in fields
+    if unheard and config.train.rounds is not None:
+        raise ConfigError(
+            f"train.epochs: has no effect beside the recipe's train.rounds {config.train.rounds}; add --train.rounds null"
+        )
 
 
 def _make(kind: type, values: jsonargparse.Namespace, section: str):

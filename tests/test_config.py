@@ -233,6 +233,17 @@ def test_a_wrong_word_ends_the_entry_with_one_line_and_no_traceback():
     assert "did you mean 'train.rounds'?" in refused("--train.runds", "3")
 
 
+def test_epochs_that_a_recipe_in_rounds_would_not_hear_are_refused():
+    with pytest.raises(
+        ConfigError,
+        match=r"no effect beside the recipe's train.rounds 1000; add --train.rounds null",
+    ):
+        load_config(["--config", "sample", "--train.epochs=3"])
+    words = ["--config", "sample", "--train.epochs", "3", "--train.rounds", "null"]
+    assert load_config(words).train.rounds is None
+    assert load_config(["--config", "demo", "--train.epochs", "3"]).train.epochs == 3
+
+
 def test_hyper_parameters_are_those_in_use():
     words = [
         "--train.tasks",
