@@ -1,4 +1,4 @@
-"""The run folder: config.yaml, environment.json, metrics.jsonl, tensorboard/, checkpoints/, results.json."""
+"""The run folder: config.yaml, environment.json, status.json, metrics.jsonl, tensorboard/, checkpoints/, results.json."""
 
 import fcntl
 import importlib.metadata
@@ -39,6 +39,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.results = self.path / "results.json"
         self.config = self.path / "config.yaml"
+        self.status = self.path / "status.json"
 
     def open(self, config: Config, world: World, device: torch.device) -> None:
         """Claim the folder for a run: called by rank 0 before anything is written.
@@ -104,6 +105,17 @@ class RunFolder:
                 break
             lines.append(line)
         write_atomically(self.metrics, "".join(lines))
+
+    def save_status(self, state: str, **facts: object) -> None:
+        """Write status.json, for scripts that watch over a run: {"state": state} and `facts`.
+
+        running: at work, or killed. stopped: asked to stop, saved, to be gone on with. finished: results.json is written.
+        failed: an error ended it. The exit code of a rank is lost in most launchers; this file is not.
+        """
+        try:
+            write_atomically(self.status, json.dumps({"state": state} | facts) + "\n")
+        except OSError as error:
+            log.error("%s", error)
 
     def save_results(self, results: dict[str, dict[str, dict[str, float]]]) -> None:
         """Merge {split: {task: {metric: number}}} into results.json."""

@@ -34,7 +34,9 @@ def run(words: list[str]) -> int:
             describe(accelerator, experiment, trainer)
         try:
             results = trainer.train()
+            trainer.save_status("stopped" if results is None else "finished")
         except TrainingError:
+            trainer.save_status("failed")
             if not accelerator.is_main_process:
                 sys.exit(1)
             raise

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import signal
 import time
 
 from accelerate import Accelerator
@@ -46,6 +47,7 @@ class Trainer:
         self.best_metric = metric
         self.monitor: Monitor | None = None
         if self.is_main:
+            self.save_status("running")
             folder.keep_metrics_until(self.state.round)
             self.monitor = Monitor(
                 folder, self.config, self.state.round, self.plan.rounds, self.plan.rounds_per_epoch
@@ -75,6 +77,7 @@ class Trainer:
                 stopping = report.stop or state.round - first == train.stop_after_rounds
                 if due or stopping or not self._patient() or self._due(train.checkpoint_every):
                     self.keeper.save(self.state)
+                    self.save_status("running")
                 if stopping and state.round < self.plan.rounds:
                     self._say(f"stopped after round {state.round}; go on with --run.resume auto")
                     return None
@@ -121,6 +124,14 @@ class Trainer:
         """Close what is open."""
         if self.monitor is not None:
             self.monitor.close()
+
+    def save_status(self, state: str) -> None:
+        """Say in status.json how the run stands."""
+        if self.is_main:
+            asked = self.stop.signal and signal.Signals(self.stop.signal).name
+            self.folder.save_status(
+                state, round=self.state.round, rounds=self.plan.rounds, signal=asked
+            )
 
     def _say(self, text: str) -> None:
         if self.monitor is not None:

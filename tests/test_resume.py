@@ -43,6 +43,10 @@ def state(run) -> dict:
     return json.loads((run / "checkpoints" / LAST / "state.json").read_text())
 
 
+def status(run) -> dict:
+    return json.loads((run / "status.json").read_text())
+
+
 def assert_the_same_run(run, whole) -> None:
     for name in ("model", "optimizer"):
         ours, theirs = tensors(run, name), tensors(whole, name)
@@ -54,6 +58,7 @@ def assert_the_same_run(run, whole) -> None:
     assert {entry["round"] for entry in entries(run)} == set(range(1, 13))
     results = [json.loads((folder / "results.json").read_text()) for folder in (run, whole)]
     assert results[0] == results[1]
+    assert status(run) == {"state": "finished", "round": 12, "rounds": 12, "signal": None}
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +77,7 @@ def test_a_run_stopped_twice_equals_the_run_in_one_piece(
     corpora_root, whole, stopped_at_5, tmp_path
 ):
     run = shutil.copytree(stopped_at_5, tmp_path / "run")
+    assert status(run) == {"state": "stopped", "round": 5, "rounds": 12, "signal": None}
     assert {entry["round"] for entry in entries(run)} == set(range(1, 6))
     train(corpora_root, run, "--train.stop_after_rounds", "4")
     assert {entry["round"] for entry in entries(run)} == set(range(1, 10))
@@ -87,6 +93,7 @@ def test_sigterm_saves_and_the_resumed_run_equals_the_run_in_one_piece(
     # the round after the signal is finished and saved
     assert (run / "checkpoints" / "round_00000007" / "COMPLETE").is_file()
     assert not (run / "results.json").exists()
+    assert status(run) == {"state": "stopped", "round": 7, "rounds": 12, "signal": "SIGTERM"}
     assert_the_same_run(train(corpora_root, run), whole)
 
 
@@ -119,6 +126,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_and_equals_the_run_in_one
     entry = ("tests/workers/interrupted.py", "SIGKILL", "7")
     run = train(corpora_root, tmp_path / "run", entry=entry, code=-9)
     assert max(entry["round"] for entry in entries(run)) == 7
+    assert status(run) == {"state": "running", "round": 4, "rounds": 12, "signal": None}
     assert [p.name for p in (run / "checkpoints").glob("round_*")] == ["round_00000004"]
     assert_the_same_run(train(corpora_root, run), whole)
 

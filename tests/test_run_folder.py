@@ -26,6 +26,7 @@ def test_a_run_folder_holds_what_the_run_was(finished):
         "environment.json",
         "metrics.jsonl",
         "results.json",
+        "status.json",
         "tensorboard",
     ]
     assert yaml.safe_load((run / "config.yaml").read_text())["train"]["rounds"] == 1
