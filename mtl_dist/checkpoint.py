@@ -22,6 +22,8 @@ from mtl_dist.run_folder import versions, write_atomically
 
 log = logging.getLogger("mtl_dist")
 MARKER = "COMPLETE"
+Tensors = dict[str, torch.Tensor]
+"""{name: whole tensor on the CPU}."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -46,17 +48,17 @@ def folder_name(round_: int) -> str:
     return f"round_{round_:08d}"
 
 
-def save(root: Path, model, optimizer, state: TrainState, config_text: str, about: dict) -> Path:
-    """Write a checkpoint of an unwrapped model and its Adam; rank 0 calls it. Raises OSError, leaving nothing behind."""
+def save(
+    root: Path, weights: Tensors, moments: Tensors, state: TrainState, config_text: str, about: dict
+) -> Path:
+    """Write a checkpoint of an engine's full state; rank 0 calls it. Raises OSError, leaving nothing behind."""
     target = root / folder_name(state.round)
     partial = root / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        save_file(_contiguous(model.state_dict()), partial / "model.safetensors")
-        save_file(
-            _contiguous(optimizer_tensors(model, optimizer)), partial / "optimizer.safetensors"
-        )
+        save_file(weights, partial / "model.safetensors")
+        save_file(moments, partial / "optimizer.safetensors")
         texts = {
             "model.json": json.dumps(about, indent=2),
             "state.json": json.dumps(
@@ -165,63 +167,38 @@ def find(path: Path, which: str = "best") -> Path:
 
 
 def load_weights(path: Path, model) -> None:
-    """Load model.safetensors into a model. Raises ValueError naming what does not fit."""
+    """Load model.safetensors into a plain model. Raises ValueError naming what does not fit."""
     saved = load_file(path / "model.safetensors")
-    own = model.state_dict()
-    wrong = [
-        n
-        for n in {*saved, *own}
-        if n not in saved or n not in own or saved[n].shape != own[n].shape
-    ]
+    check_fit(path, saved, {name: p.shape for name, p in model.named_parameters()})
+    model.load_state_dict(saved)
+
+
+def check_fit(path: Path, saved: Tensors, shapes: dict[str, torch.Size]) -> None:
+    """Raise ValueError, naming some, if the parameters saved are not those of `shapes`."""
+    wrong = [n for n in {*saved, *shapes} if n not in saved or saved[n].shape != shapes.get(n)]
     if wrong:
         raise ValueError(
             f"checkpoint {path} is of another model: {', '.join(sorted(wrong)[:5])} do not fit"
         )
-    model.load_state_dict(saved)
 
 
-def load(path: Path, model, optimizer) -> TrainState:
-    """Load weights and Adam's moments into an unwrapped model and its optimizer; return where the run stands."""
+def read(path: Path) -> tuple[Tensors, Tensors, TrainState]:
+    """Return weights, Adam's moments, and where the run stands."""
     fields = {field.name for field in dataclasses.fields(TrainState)}
     saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    tensors = load_file(path / "optimizer.safetensors")
-    load_weights(path, model)
-    for name, parameter in model.named_parameters():
-        keys = [key for key in ("exp_avg", "exp_avg_sq", "step") if f"{key}/{name}" in tensors]
-        if keys:
-            values = {key: tensors[f"{key}/{name}"] for key in keys}
-            optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device)
-                for key, value in values.items()
-            }
-    return TrainState(**{key: value for key, value in saved.items() if key in fields})
+    state = TrainState(**{key: value for key, value in saved.items() if key in fields})
+    weights, moments = (load_file(path / f"{n}.safetensors") for n in ("model", "optimizer"))
+    return weights, moments, state
 
 
-def load_newest(root: Path, model, optimizer) -> tuple[Path | None, TrainState | None]:
-    """Load the newest checkpoint that is whole and readable: (its folder, its state), or (None, None).
-
-    Raises:
-        ValueError: it is of another model.
-    """
+def read_newest(root: Path) -> tuple[Path, tuple[Tensors, Tensors, TrainState]] | None:
+    """Return the newest checkpoint that is whole and readable, with what it holds, or None."""
     for path in whole_checkpoints(root):
         try:
-            return path, load(path, model, optimizer)
+            return path, read(path)
         except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
             log.warning("checkpoint %s is skipped: it cannot be read (%s)", path, error)
-    return None, None
-
-
-def optimizer_tensors(model, optimizer) -> dict[str, torch.Tensor]:
-    """Return Adam's state by parameter name: {"exp_avg/trunk.input.weight": ...}."""
-    return {
-        f"{key}/{name}": torch.as_tensor(value)
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return None
 
 
 def _flush(path: Path) -> int:

@@ -42,6 +42,7 @@ SECTIONS = {
 FREE_TO_CHANGE = {
     "run.dir",
     "run.resume",
+    "run.timeout_seconds",
     "train.epochs",
     "train.rounds",
     "train.micro_batch",

@@ -1,15 +1,19 @@
 """Saving and resuming a run: what checkpoint.py does on a disk, decided by all ranks together."""
 
+import copy
 import logging
 import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from accelerate import Accelerator
+import torch
 from safetensors import SafetensorError
 
 from mtl_dist import checkpoint
-from mtl_dist.checkpoint import TrainState
+from mtl_dist.checkpoint import Tensors, TrainState
 from mtl_dist.config import ConfigError
+from mtl_dist.engines import Engine
 from mtl_dist.experiment import Experiment, fingerprint
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.runtime import collect
@@ -18,20 +22,18 @@ log = logging.getLogger("mtl_dist")
 
 
 class Keeper:
-    """Keeps a run's checkpoints: every rank calls its methods, rank 0 writes."""
+    """Keeps a run's checkpoints: every rank calls its methods; rank 0 writes, while training goes on."""
 
-    def __init__(
-        self, experiment: Experiment, accelerator: Accelerator, folder: RunFolder, model, optimizer
-    ):
-        """Take the unwrapped `model` and the optimizer as Accelerate prepared it."""
-        self.experiment, self.accelerator, self.folder = experiment, accelerator, folder
-        self.config, self.model = experiment.config, model
-        self.adam = getattr(optimizer, "optimizer", optimizer)
+    def __init__(self, experiment: Experiment, engine: Engine, folder: RunFolder):
+        self.experiment, self.engine, self.folder = experiment, engine, folder
+        self.config, self.accelerator = experiment.config, engine.accelerator
         self.tables = {
             f"corpora.{name}": fingerprint(corpus.splits["train"])
             for name, corpus in experiment.corpora.items()
         }
         self.kept_best: tuple[float | None, int] = (None, 0)
+        self.writer = ThreadPoolExecutor(max_workers=1)
+        self.being_written: tuple[TrainState, Future | None] | None = None
 
     def resume_or_start(self) -> TrainState:
         """Return where the run stands: at the newest checkpoint if run.resume is auto, else at its beginning."""
@@ -40,34 +42,51 @@ class Keeper:
         self.kept_best = (state.best, state.best_round)
         return state
 
-    def save(self, state: TrainState) -> None:
-        """Write a checkpoint on rank 0; a full disk costs the new one, never the old one nor the run."""
-        scaler = self.accelerator.scaler
-        state.scaler = scaler.state_dict() if scaler is not None else None
-        written = not self.accelerator.is_main_process or self._write(state)
-        if all(collect(self.accelerator, [written])):
-            self.kept_best = (state.best, state.best_round)
-        elif state.best_round == state.round:  # not on the disk: the one that is stays the best
+    def save(self, state: TrainState) -> float:
+        """Gather a checkpoint and have rank 0 write it beside the training; return for how many seconds training waited.
+
+        A full disk costs the new checkpoint, never the old one nor the run.
+        """
+        began = time.perf_counter()
+        self.settle(state)
+        state.scaler = self.engine.scaler_state()
+        weights, moments = self.engine.full_state()
+        frozen, job = copy.deepcopy(state), None
+        if self.accelerator.is_main_process:
+            job = self.writer.submit(self._write, weights, moments, frozen)
+        self.being_written = (frozen, job)
+        return time.perf_counter() - began
+
+    def settle(self, state: TrainState) -> None:
+        """Wait until the checkpoint that is being written is whole; a best one that the disk did not take is none."""
+        if self.being_written is None:
+            return
+        frozen, job = self.being_written
+        self.being_written = None
+        if all(collect(self.accelerator, [job is None or job.result()])):
+            self.kept_best = (frozen.best, frozen.best_round)
+        elif frozen.best_round == frozen.round == state.best_round:
             state.best, state.best_round = self.kept_best
 
-    def load_best(self) -> Path | None:
-        """Load the best checkpoint's weights and return its folder; None, with a warning, if it cannot be read."""
-        best = checkpoint.best_checkpoint(self.folder.checkpoints)
-        try:
-            if best is not None:
-                checkpoint.load_weights(best, self.model)
-        except (SafetensorError, OSError) as error:
-            log.warning("the best checkpoint %s is skipped: %s; the last is used", best, error)
+    def best_model(self) -> tuple[Path, torch.nn.Module] | None:
+        """Return the best checkpoint with a plain model of its weights; None, with a warning, if a rank cannot read it."""
+        path, model = checkpoint.best_checkpoint(self.folder.checkpoints), None
+        if path is not None:
+            model = self.experiment.build_model()
+            try:
+                checkpoint.load_weights(path, model)
+            except (SafetensorError, OSError) as error:
+                log.warning("the best checkpoint %s is skipped: %s; the last is used", path, error)
+                model = None
+        if not all(collect(self.accelerator, [model is not None])):
             return None
-        return best
+        return path, model.to(self.accelerator.device)
 
-    def _write(self, state: TrainState) -> bool:
+    def _write(self, weights: Tensors, moments: Tensors, state: TrainState) -> bool:
         """Return whether the disk took it."""
         root, written = self.folder.checkpoints, False
         try:
-            path = checkpoint.save(
-                root, self.model, self.adam, state, self.config.text, self._about()
-            )
+            path = checkpoint.save(root, weights, moments, state, self.config.text, self._about())
             if state.best_round == state.round:
                 checkpoint.mark_best(root, path)
             written = True
@@ -82,7 +101,7 @@ class Keeper:
         return {
             "model": vars(self.config.model),
             "data": vars(self.config.data),
-            "receptive_field_samples": self.model.trunk.receptive_field,
+            "receptive_field_samples": self.engine.bare.trunk.receptive_field,
             "tasks": {n: vars(t.config) | {"classes": t.class_names()} for n, t in tasks.items()},
         }
 
@@ -90,33 +109,31 @@ class Keeper:
         """Load the newest checkpoint that can be loaded; all ranks must find the same one.
 
         Raises:
-            ConfigError: the ranks see different folders, or the corpora are not those of the checkpoint.
+            ConfigError: it is of another model, the ranks see different folders, or the corpora are not its corpora.
         """
         auto = self.config.run.resume == "auto"
-        try:
-            path, state = (
-                checkpoint.load_newest(self.folder.checkpoints, self.model, self.adam)
-                if auto
-                else (None, None)
-            )
-        except ValueError as error:
-            raise ConfigError(f"run.dir: {error}") from error
-        rounds = collect(self.accelerator, [state.round if state else 0])
+        found = checkpoint.read_newest(self.folder.checkpoints) if auto else None
+        rounds = collect(self.accelerator, [found[1][2].round if found else 0])
         if len(set(rounds)) > 1:
             raise ConfigError(
                 f"run.dir: {self.folder.path} is not the same folder on all nodes (rounds {rounds}); put it on a disk that "
                 "they share"
             )
-        if state is None:
+        if found is None:
             return None
+        path, (weights, moments, state) = found
+        try:
+            checkpoint.check_fit(path, weights, self.engine.shapes)
+        except ValueError as error:
+            raise ConfigError(f"run.dir: {error}") from error
         changed = [n for n, t in self.tables.items() if state.tables.get(n, t) != t]
         if changed:
             raise ConfigError(
                 f"{', '.join(changed)}: the training clips are not those that {path} was trained on (files were added, "
                 "removed, renamed or relabelled); restore the corpora, or start a new run"
             )
-        if state.scaler is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state.scaler)
+        self.engine.load_state(weights, moments)
+        self.engine.load_scaler_state(state.scaler)
         if self.accelerator.is_main_process:
             print(f"goes on from {path} (round {state.round})", file=sys.stderr)
         return state

@@ -114,6 +114,10 @@ class Monitor:
                 self.writer.add_audio(f"{clip}/{what}", wave[None] / loudest, number, rate)
             self.writer.add_figure(clip, pictures.spectrograms(waves, rate), number)
 
+    def checkpoint(self, number: int, pause: float) -> None:
+        """Write for how many seconds a checkpoint held up the training."""
+        self._write("checkpoint", number, {"time/checkpoint_pause_seconds": pause})
+
     def trouble(self, number: int, kind: str, messages: list[str], total: int) -> None:
         """Write bad files or skipped rounds: names, and how many so far."""
         self.note(number, kind, messages, total)

@@ -4,14 +4,13 @@ The gradient is that of sum_i weight_i S_i / N_i, where S_i is the sum of task i
 over all ranks and micro-batches: the same for any split of the same clips and for both schedules.
 """
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
 
 import torch
-from accelerate import Accelerator
 
+from mtl_dist.engines import Engine
 from mtl_dist.runtime import collect, sum_over_ranks
 from mtl_dist.streams.rounds import MicroBatch, Round
 from mtl_dist.tasks.base import Task, TaskBatch
@@ -44,21 +43,18 @@ def micro_steps(round_: Round, schedule: str) -> list[dict[str, MicroBatch]]:
 
 
 def run_round(
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    optimizer,
+    engine: Engine,
     tasks: Mapping[str, Task],
     round_: Round,
     *,
     schedule: str,
-    clip_norm: float | None,
     stop: Callable[[], bool] = lambda: False,
 ) -> RoundReport:
     """Forward, backward, clip and step; all ranks call it, and skip the step together if a loss is not finite.
 
     `stop` is asked at the end of the round whether this rank was told to stop; one that was stops all.
     """
-    names = list(tasks)
+    names, accelerator = list(tasks), engine.accelerator
     counts = [sum(tasks[n].count(m.batch) for m in round_.micro_batches[n]) for n in names]
     extra = [round_.clips, round_.audio_seconds, len(round_.bad)]
     facts = sum_over_ranks(
@@ -69,34 +65,30 @@ def run_round(
 
     sums = dict.fromkeys(names, 0.0)
     steps = micro_steps(round_, schedule)
-    for i, step in enumerate(steps):
-        batches = {name: micro.batch.to(accelerator.device) for name, micro in step.items()}
-        last = i == len(steps) - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            losses = model(batches)
-            accelerator.backward(_scaled(losses, tasks, count_of, accelerator.num_processes))
-        for name, (total, _) in losses.items():
-            sums[name] += total.detach().double().cpu()
+    with engine.accumulating():
+        for i, step in enumerate(steps):
+            batches = {name: micro.batch.to(accelerator.device) for name, micro in step.items()}
+            with engine.micro_batch(last=i == len(steps) - 1):
+                with engine.autocast():
+                    losses = engine.model(batches)
+                engine.backward(_scaled(losses, tasks, count_of, accelerator.num_processes))
+            for name, (total, _) in losses.items():
+                sums[name] += total.detach().double().cpu()
+        ends = torch.tensor([*(sums[n] for n in names), float(stop())], dtype=torch.float64)
+        *totals, stops = sum_over_ranks(accelerator, ends).tolist()
+        finite = all(map(math.isfinite, totals))
+        if not finite:
+            engine.spoil()
 
-    ends = torch.tensor([*(sums[n] for n in names), float(stop())], dtype=torch.float64)
-    *totals, stops = sum_over_ranks(accelerator, ends).tolist()
-    finite = all(map(math.isfinite, totals))
-    grad_norm = float("nan")
-    nonfinite: list[str] = []
+    grad_norm, nonfinite = float("nan"), []
     if finite:
-        grad_norm = float(
-            accelerator.clip_grad_norm_(model.parameters(), clip_norm or float("inf"))
-        )
-        if math.isfinite(grad_norm) or accelerator.scaler is not None:
-            optimizer.step()
-        if not math.isfinite(grad_norm) and not _scale_may_fall(accelerator):
-            nonfinite = [
-                f"gradient of {', '.join(names)}: finite losses, but its norm is {grad_norm}"
-            ]
+        grad_norm, fault = engine.step()
+        if fault:
+            nonfinite = [f"gradient of {', '.join(names)}: finite losses, but its norm is not"]
     else:
-        found = _name_clips(accelerator, accelerator.unwrap_model(model), round_, sums)
+        engine.forget()
+        found = _name_clips(engine, round_, sums)
         nonfinite = collect(accelerator, found)
-    optimizer.zero_grad(set_to_none=True)
     means = {n: t / max(count_of[n], 1.0) for n, t in zip(names, totals, strict=True)}
     return RoundReport(
         losses=means,
@@ -111,11 +103,6 @@ def run_round(
     )
 
 
-def _scale_may_fall(accelerator: Accelerator) -> bool:
-    """Whether an overflowing gradient is fp16's ordinary search for a loss scale, and not the run's fault."""
-    return accelerator.scaler is not None and accelerator.scaler.get_scale() >= 1.0
-
-
 def _scaled(losses, tasks: Mapping[str, Task], count_of: Mapping[str, float], ranks: int):
     """Weighted sum of S / N with the global N; times the ranks, because data-parallel gradients are averaged."""
     return sum(
@@ -125,9 +112,9 @@ def _scaled(losses, tasks: Mapping[str, Task], count_of: Mapping[str, float], ra
 
 
 @torch.no_grad()
-def _name_clips(accelerator, model, round_: Round, sums: Mapping[str, float]) -> list[str]:
+def _name_clips(engine: Engine, round_: Round, sums: Mapping[str, float]) -> list[str]:
     """Return "task: clips" of this rank's micro-batches with a non-finite loss, judged clip by clip."""
-    found = []
+    found, model = [], engine.plain_model()
     for name, total in sums.items():
         if torch.isfinite(torch.as_tensor(total)):
             continue
@@ -135,9 +122,9 @@ def _name_clips(accelerator, model, round_: Round, sums: Mapping[str, float]) ->
         for micro in round_.micro_batches[name]:
             for i, clip in enumerate(micro.ids):
                 one = TaskBatch(*(tensor[i : i + 1] for tensor in micro.batch)).to(
-                    accelerator.device
+                    engine.accelerator.device
                 )
-                with accelerator.autocast():
+                with engine.autocast():
                     loss, _ = model({name: one})[name]
                 if not loss.isfinite():
                     guilty.append(clip)

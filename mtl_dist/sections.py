@@ -21,6 +21,8 @@ class RunConfig:
     """Seed of the model's initial values and of every draw of the streams."""
     resume: str = "no"
     """no: start afresh in a new or empty folder. auto: go on from the newest whole checkpoint in run.dir, if any."""
+    timeout_seconds: float = 600.0
+    """Ranks that wait longer than this for another end the run; a rank that hangs is named after half of it."""
     plugins: list[str] = dataclasses.field(default_factory=list)
     """Python files of your own that register tasks or corpora; imported before anything else is read."""
 
@@ -28,6 +30,7 @@ class RunConfig:
         check("resume", self.resume, self.resume in ("no", "auto"), "no or auto")
         new = self.resume == "auto" and self.dir is None
         check("resume", self.resume, not new, "it together with run.dir, the folder to go on in")
+        check("timeout_seconds", self.timeout_seconds, self.timeout_seconds >= 1, "1 or more")
         check("seed", self.seed, 0 <= self.seed < 2**63, "0 or more, below 2**63")
 
 

@@ -23,7 +23,7 @@ def run(words: list[str]) -> int:
     """Train as the command line says; return the exit code."""
     config = load_config(words)
     stop = StopRequest().listen()
-    accelerator = start(config.train.mixed_precision)
+    accelerator = start(config.train.mixed_precision, config.run.timeout_seconds)
     try:
         name = [config.run.dir or time.strftime("runs/%Y%m%d-%H%M%S")]
         folder = RunFolder(Path(broadcast_object_list(name)[0]))
@@ -72,11 +72,12 @@ def describe(accelerator, experiment, trainer) -> None:
     plan, train = trainer.plan, experiment.config.train
     for corpus in experiment.corpora.values():
         print(corpus.describe(), file=sys.stderr)
-    parameters = sum(p.numel() for p in trainer.bare_model.parameters())
+    engine = trainer.engine
+    parameters = sum(shape.numel() for shape in engine.shapes.values())
     print(
-        f"{type(trainer.model).__name__} of {parameters:,} parameters, receptive field "
-        f"{trainer.bare_model.trunk.receptive_field} samples; {accelerator.num_processes} processes on "
-        f"{accelerator.device.type}, precision {accelerator.mixed_precision}, {train.schedule}; global batch "
+        f"{type(engine.bare).__name__} of {parameters:,} parameters, receptive field "
+        f"{engine.bare.trunk.receptive_field} samples; {engine.name}, {accelerator.num_processes} processes on "
+        f"{accelerator.device.type}, precision {engine.precision}, {train.schedule}; global batch "
         f"{train.global_batch} = {accelerator.num_processes} ranks x {plan.micro_batch} x {plan.accumulation}; "
         f"{plan.rounds} rounds, {plan.rounds_per_epoch:.1f} an epoch; tasks: {', '.join(train.tasks)}",
         file=sys.stderr,

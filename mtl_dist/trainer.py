@@ -7,6 +7,7 @@ import time
 
 from accelerate import Accelerator
 
+from mtl_dist.engines import make_engine
 from mtl_dist.evaluation import Evaluation, evaluate, examples, too_many_bad
 from mtl_dist.experiment import Experiment, Plan, plan_rounds
 from mtl_dist.keeper import Keeper
@@ -14,7 +15,7 @@ from mtl_dist.monitor import Monitor
 from mtl_dist.optim import make_optimizer, schedules, set_learning_rates
 from mtl_dist.round import RoundReport, run_round
 from mtl_dist.run_folder import RunFolder
-from mtl_dist.runtime import StopRequest, world_of
+from mtl_dist.runtime import StopRequest, precision_asked_for, world_of
 from mtl_dist.streams.rounds import RoundStream, make_loader
 from mtl_dist.tables import results_table
 
@@ -36,10 +37,14 @@ class Trainer:
         self.rates = schedules(
             self.config.optim, {n: t.config for n, t in experiment.tasks.items()}
         )
-        self.bare_model = experiment.build_model().to(accelerator.device)
-        optimizer = make_optimizer(self.bare_model, self.config.optim, self.rates)
-        self.model, self.optimizer = accelerator.prepare(self.bare_model, optimizer)
-        self.keeper = Keeper(experiment, accelerator, folder, self.bare_model, self.optimizer)
+        self.engine = make_engine(
+            accelerator,
+            experiment.build_model,
+            lambda model: make_optimizer(model, self.config.optim, self.rates),
+            clip_norm=self.config.optim.clip_norm,
+            precision=precision_asked_for(self.config.train.mixed_precision),
+        )
+        self.keeper = Keeper(experiment, self.engine, folder)
         self.state = self.keeper.resume_or_start()
         self.before = dataclasses.replace(self.state)  # bad files mended since then are forgiven
         self.is_main = accelerator.is_main_process
@@ -76,9 +81,9 @@ class Trainer:
                     due = False
                 stopping = report.stop or state.round - first == train.stop_after_rounds
                 if due or stopping or not self._patient() or self._due(train.checkpoint_every):
-                    self.keeper.save(self.state)
-                    self.save_status("running")
+                    self._save()
                 if stopping and state.round < self.plan.rounds:
+                    self.keeper.settle(state)
                     self._say(f"stopped after round {state.round}; go on with --run.resume auto")
                     return None
         finally:
@@ -95,15 +100,12 @@ class Trainer:
         round_ = next(rounds)
         assert round_.number == self.state.round, "the loader yields the rounds in order"
         waited = time.perf_counter() - began
-        rates = set_learning_rates(self.optimizer, self.rates, self.epoch())
+        rates = set_learning_rates(self.engine.inner_optimizer, self.rates, self.epoch())
         report = run_round(
-            self.accelerator,
-            self.model,
-            self.optimizer,
+            self.engine,
             self.experiment.tasks,
             round_,
             schedule=self.config.train.schedule,
-            clip_norm=self.config.optim.clip_norm,
             stop=lambda: self.stop.signal is not None,
         )
         self._advance(report)
@@ -121,7 +123,8 @@ class Trainer:
         return self.state.positions[self.config.train.main_task] // self.main_clips
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close what is open; a checkpoint that is being written becomes whole."""
+        self.keeper.writer.shutdown()
         if self.monitor is not None:
             self.monitor.close()
 
@@ -187,11 +190,23 @@ class Trainer:
     def _end_if(self, problem: str | None) -> None:
         """Save and end the run on all ranks if there is a problem."""
         if problem is not None:
-            self.keeper.save(self.state)
+            self._save()
+            self.keeper.settle(self.state)
             raise TrainingError(f"{problem}, and go on with --run.resume auto")
 
+    def _save(self) -> None:
+        pause = self.keeper.save(self.state)
+        self.save_status("running")
+        if self.monitor is not None:
+            self.monitor.checkpoint(self.state.round, pause)
+
+    def _evaluate(self, model, split: str) -> Evaluation:
+        with self.engine.autocast():
+            return evaluate(self.accelerator, model, self.experiment, split)
+
     def _validate(self) -> None:
-        result = evaluate(self.accelerator, self.bare_model, self.experiment, "validation")
+        model = self.engine.plain_model()
+        result = self._evaluate(model, "validation")
         measured = result.metrics[self.config.train.main_task].get(self.best_metric)
         if measured is not None:
             self._note_best(float(measured))
@@ -202,9 +217,7 @@ class Trainer:
             number = self.state.round
             self.monitor.validation(number, result, classes, self.best_metric)
             several = self.config.evaluation.examples
-            shown = examples(
-                self.accelerator, self.bare_model, self.experiment, "validation", several
-            )
+            shown = examples(self.accelerator, model, self.experiment, "validation", several)
             for task, place, waves in shown:
                 self.monitor.example(number, task, place, waves, self.experiment.reader.rate)
         self.accelerator.wait_for_everyone()
@@ -223,12 +236,10 @@ class Trainer:
 
     def _finish(self) -> dict[str, dict[str, dict[str, float]]]:
         """Evaluate the best or the last checkpoint, write results.json and the final table."""
-        which = self.config.evaluation.checkpoint
-        scored = self.keeper.load_best() if which == "best" else None
-        results: dict[str, Evaluation] = {
-            split: evaluate(self.accelerator, self.bare_model, self.experiment, split)
-            for split in ("validation", "test")
-        }
+        self.keeper.settle(self.state)
+        best = self.keeper.best_model() if self.config.evaluation.checkpoint == "best" else None
+        scored, model = best or (None, self.engine.plain_model())
+        results = {split: self._evaluate(model, split) for split in ("validation", "test")}
         numbers = {split: result.numbers() for split, result in results.items()}
         if self.is_main:
             self.monitor.final(numbers)

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch.nn import functional
 
+from mtl_dist.engines import make_engine
 from mtl_dist.models.multitask import MultitaskModel
 from mtl_dist.streams.rounds import MicroBatch, Round
 from mtl_dist.tasks import TaskBatch
@@ -98,19 +99,23 @@ def share_of_round(
     return Round(number=0, micro_batches=micro_batches, clips=clips)
 
 
-class Recorder:
-    """Stands where the optimizer does and keeps the gradients of each step."""
+RATE = 1e4
+"""Learning rate of one step of SGD that shows the gradient: so large that the weights before it do not blur it."""
 
-    def __init__(self, model: MultitaskModel):
-        self.model, self.steps = model, []
 
-    def step(self) -> None:
-        """Keep a copy of every gradient."""
-        self.steps.append({n: p.grad.clone() for n, p in self.model.named_parameters()})
+def engine(accelerator: Accelerator, experiment, subset: tuple[str, ...], clip: float | None):
+    """The launched engine on a subset's model, with SGD."""
+    return make_engine(
+        accelerator,
+        lambda: build(experiment, subset),
+        lambda model: torch.optim.SGD(model.parameters(), lr=RATE),
+        clip_norm=clip,
+    )
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
-        self.model.zero_grad(set_to_none)
+
+def initial_weights(experiment, subset: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """What a new engine starts with."""
+    return build(experiment, subset).state_dict()
 
 
 def build(experiment, subset: tuple[str, ...]) -> MultitaskModel:

@@ -229,7 +229,9 @@ def test_more_bad_files_than_the_share_in_validation_stop_the_run(root):
 def test_more_bad_files_than_the_share_stop_all_ranks(root):
     for path in (root / "FSDKaggle2018" / "FSDKaggle2018.audio_train").iterdir():
         spoil(path, "text")
-    ended = tiny.launch_two("mtl_dist/train.py", *tagging_words(root, root / "run"), timeout=280.0)
+    ended = tiny.launch(
+        "two_cpu_processes", "mtl_dist/train.py", *tagging_words(root, root / "run"), timeout=280.0
+    )
     assert ended.returncode != 0
     assert ended.stderr.count("error: 12 of 12 clips could not be used") == 1
     assert "[rank" not in ended.stderr  # torch's mark of a traceback

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from mtl_dist import checkpoint
 from mtl_dist.checkpoint import TrainState
 from mtl_dist.config import load_config
+from mtl_dist.engines import make_engine
 from mtl_dist.evaluation import Evaluation
 from mtl_dist.experiment import build_experiment
 from mtl_dist.optim import make_optimizer, schedules
@@ -31,48 +32,75 @@ FILES = {
 }
 
 
-def model_and_adam(experiment, steps: int = 0):
-    """A model and its Adam after `steps` steps of random gradients."""
-    model = experiment.build_model()
+def engine_after(experiment, steps: int = 0):
+    """An engine of one process after `steps` steps of random gradients."""
     rates = schedules(OptimConfig(), {n: t.config for n, t in experiment.tasks.items()})
-    optimizer = make_optimizer(model, OptimConfig(), rates)
+    engine = make_engine(
+        Accelerator(cpu=True),
+        experiment.build_model,
+        lambda model: make_optimizer(model, OptimConfig(), rates),
+    )
     rng = torch.Generator().manual_seed(steps)
     for _ in range(steps):
-        for parameter in model.parameters():
+        for parameter in engine.bare.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=rng)
-        optimizer.step()
-    return model, optimizer
+        engine.step()
+    return engine
 
 
 def save(root, experiment, round_: int, steps: int = 2, **state):
-    model, optimizer = model_and_adam(experiment, steps)
+    weights, moments = engine_after(experiment, steps).full_state()
     state = TrainState(round=round_, positions={"next_step": round_ * 4}, **state)
-    return checkpoint.save(root, model, optimizer, state, "run: {}\n", {"model": {}})
+    return checkpoint.save(root, weights, moments, state, "run: {}\n", {"model": {}})
+
+
+def equal(ours: dict, theirs: dict) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
 
 
 def test_model_adam_and_state_come_back_bit_for_bit(tiny_experiment, tmp_path):
-    model, optimizer = model_and_adam(tiny_experiment, steps=3)
+    engine = engine_after(tiny_experiment, steps=3)
     state = TrainState(round=7, positions={"next_step": 28}, best=0.125, best_round=5, clips=9)
-    path = checkpoint.save(tmp_path, model, optimizer, state, "a: 1\n", {})
-    other, adam = model_and_adam(tiny_experiment)
-    assert checkpoint.load(path, other, adam) == state
-    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-        for key in ("exp_avg", "exp_avg_sq", "step"):
-            assert torch.equal(optimizer.state[ours][key], adam.state[theirs][key]), key
+    path = checkpoint.save(tmp_path, *engine.full_state(), state, "a: 1\n", {})
+    *tensors, found = checkpoint.read(path)
+    assert found == state
+    other = engine_after(tiny_experiment)
+    other.load_state(*tensors)
+    names = {name for name, _ in engine.bare.named_parameters()}
+    assert set(tensors[0]) == names
+    assert set(tensors[1]) == {f"{k}/{n}" for k in ("exp_avg", "exp_avg_sq", "step") for n in names}
+    for ours, theirs in zip(engine.full_state(), other.full_state(), strict=True):
+        assert equal(ours, theirs)
 
 
 def test_the_next_step_after_loading_is_the_one_without(tiny_experiment, tmp_path):
-    model, optimizer = model_and_adam(tiny_experiment, steps=3)
-    path = checkpoint.save(tmp_path, model, optimizer, TrainState(round=3), "", {})
-    other, adam = model_and_adam(tiny_experiment)
-    checkpoint.load(path, other, adam)
-    for net, optim in ((model, optimizer), (other, adam)):
-        for parameter in net.parameters():
+    engine = engine_after(tiny_experiment, steps=3)
+    path = checkpoint.save(tmp_path, *engine.full_state(), TrainState(round=3), "", {})
+    other = engine_after(tiny_experiment)
+    other.load_state(*checkpoint.read(path)[:2])
+    for each in (engine, other):
+        for parameter in each.bare.parameters():
             parameter.grad = torch.full_like(parameter, 0.25)
-        optim.step()
-    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+        each.step()
+    assert equal(engine.full_state()[0], other.full_state()[0])
+    assert not equal(engine.full_state()[0], checkpoint.read(path)[0])
+
+
+def test_running_means_of_a_head_are_saved_too(tiny_experiment, tmp_path):
+    def build():
+        model = tiny_experiment.build_model()
+        model.heads.heads["next_step"].add_module("norm", torch.nn.BatchNorm1d(2))
+        return model
+
+    engines = [
+        make_engine(Accelerator(cpu=True), build, lambda m: torch.optim.Adam(m.parameters()))
+        for _ in range(2)
+    ]
+    mean = "heads.heads.next_step.norm.running_mean"
+    dict(engines[0].bare.named_buffers())[mean].fill_(3.0)
+    engines[1].load_state(*engines[0].full_state())
+    assert dict(engines[1].bare.named_buffers())[mean].tolist() == [3.0, 3.0]
+    assert dict(engines[0].whole_copy().named_buffers())[mean].tolist() == [3.0, 3.0]
 
 
 def remove_marker(path):

@@ -132,7 +132,7 @@ def test_two_processes_score_what_one_scores(run_folder, tmp_path):
         "--out",
     ]
     cli.main([*words, str(tmp_path / "one")])
-    done = tiny.launch_two("-m", "mtl_dist.cli", *words, str(tmp_path / "two"))
+    done = tiny.launch("two_cpu_processes", "-m", "mtl_dist.cli", *words, str(tmp_path / "two"))
     assert done.returncode == 0, done.stderr
     one, two = (
         json.loads((tmp_path / n / "results.json").read_text())["test"] for n in ("one", "two")

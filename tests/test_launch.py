@@ -1,5 +1,6 @@
 """Every launch file is launched for real, as far as this machine allows; processes that do not find each other stop."""
 
+import json
 import os
 import socket
 import subprocess
@@ -22,6 +23,7 @@ LIMIT = 280.0
 """Seconds a launch may take: about 15 on an idle core, many times that on a busy one."""
 
 MACHINES = "--num_machines 2 --num_processes 2 --machine_rank 0 --main_process_ip 127.0.0.1".split()
+ZERO = ("zero1", "zero2", "zero3")
 TASKS = ("audio_tagging", "next_step", "noise_reduction", "upsampling")
 pytestmark = pytest.mark.timeout(2 * LIMIT + 60)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA GPU")
@@ -79,15 +81,17 @@ def test_every_field_of_a_launch_file_is_known_to_accelerate_and_its_command_nam
     assert f"--config_file launch_configs/{file.name}" in text
 
 
-def test_the_launch_files_are_the_five_that_are_launched_below():
+def test_there_is_a_launch_file_for_every_engine_and_place():
     names = {path.stem for path in FILES}
-    assert names == {"one_cpu", "one_gpu", "all_gpus", "several_nodes", "two_cpu_processes"}
+    places = {"two_cpu_processes", "all_gpus", "several_nodes"}
+    engines = {f"{engine}_{place}" for engine in ("fsdp2", *ZERO) for place in places}
+    assert names == {"one_cpu", "one_gpu", *places, *engines}
 
 
 @pytest.mark.slow
 def test_one_cpu_trains_one_process(one_process):
     ended, run = one_process
-    assert "1 processes on cpu, precision no" in ended.stderr
+    assert "one process, 1 processes on cpu, precision no" in ended.stderr
     assert "global batch 4 = 1 ranks x 4 x 1; 4 rounds" in ended.stderr
     assert (run / "results.json").is_file()
 
@@ -95,7 +99,7 @@ def test_one_cpu_trains_one_process(one_process):
 @pytest.mark.slow
 def test_two_cpu_processes_train_together_and_both_ranks_clips_are_used(two_processes, one_process):
     ended, run = two_processes
-    assert "2 processes on cpu, precision no" in ended.stderr
+    assert "DDP, 2 processes on cpu, precision no" in ended.stderr
     assert "global batch 4 = 2 ranks x 2 x 1; 4 rounds" in ended.stderr
     losses = [
         [[entry[f"loss/{task}"] for task in TASKS] for entry in entries(folder, "round")]
@@ -107,6 +111,27 @@ def test_two_cpu_processes_train_together_and_both_ranks_clips_are_used(two_proc
 @pytest.mark.slow
 def test_the_final_weights_of_two_processes_are_those_of_one(two_processes, one_process):
     assert_equal_weights(end_of(two_processes[1]), end_of(one_process[1]))
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param("fsdp2", marks=pytest.mark.slow),
+        *(pytest.param(name, marks=pytest.mark.deepspeed) for name in ZERO),
+    ],
+)
+def test_an_engines_launch_file_trains_it_and_its_weights_are_those_of_one_process(
+    corpora_root, tmp_path, one_process, engine
+):
+    run = tmp_path / "run"
+    ended = launch(f"{engine}_two_cpu_processes", run=words(corpora_root, run))
+    assert ended.returncode == 0, ended.stderr
+    name = engine.upper().replace("ZERO", "ZeRO-")
+    assert f"{name}, 2 processes on cpu, precision no, round_robin" in ended.stderr
+    assert_equal_weights(end_of(run), end_of(one_process[1]))
+    results = [json.loads((f / "results.json").read_text()) for f in (run, one_process[1])]
+    for task, numbers in results[1]["test"].items():
+        assert results[0]["test"][task] == pytest.approx(numbers, rel=1e-3), task
 
 
 @pytest.mark.slow
@@ -181,9 +206,10 @@ def fresh_state():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 works on this machine's GPU")
-def test_fp16_on_a_cpu_warns_that_it_does_nothing(fresh_state, caplog):
-    start("fp16")
-    assert "mixed_precision fp16 does nothing on a CPU" in caplog.text
+def test_fp16_on_a_cpu_is_refused(fresh_state, corpora_root, tmp_path):
+    error = refused(*words(corpora_root, tmp_path / "run", "--train.mixed_precision", "fp16"))
+    assert "fp16 is not to be had on a CPU; use --mixed_precision bf16 or no" in error
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("environment", [{}, {"RANK": "0", "LOCAL_RANK": "0"}])

@@ -136,7 +136,7 @@ def test_a_run_goes_on_with_other_ranks_and_loader_workers(
 ):
     """On two processes sums are taken in another order: equal but for rounding."""
     run = shutil.copytree(stopped_at_5, tmp_path / "run")
-    done = tiny.launch_two(ENTRY, *words(corpora_root, run, "--data.workers", "2"))
+    done = tiny.launch("two_cpu_processes", ENTRY, *words(corpora_root, run, "--data.workers", "2"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert state(run)["positions"] == state(whole)["positions"]
     ours, theirs = tensors(run, "model"), tensors(whole, "model")

@@ -1,12 +1,9 @@
-"""The step law: any split into ranks, micro-batches and schedule has the gradient of one big batch (big_batch.py)."""
-
-import json
+"""The step law: any split into micro-batches and schedule has the gradient of one big batch; ranks: test_engines.py."""
 
 import big_batch
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
 
 from mtl_dist.config import load_config
 from mtl_dist.experiment import build_experiment
@@ -21,27 +18,21 @@ def experiment(corpora_root):
     return build_experiment(load_config(tiny.tiny_words(corpora_root, *big_batch.weight_words())))
 
 
-@pytest.fixture(scope="module")
-def two_processes(corpora_root, tmp_path_factory):
-    """Everything that workers/round_worker.py wrote on two gloo processes."""
-    out = tmp_path_factory.mktemp("two")
-    done = tiny.launch_two("tests/workers/round_worker.py", str(corpora_root), str(out))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return out
-
-
-def one_round(model, subset, schedule="joint", accumulation=1, clip=None, **more):
-    recorder = big_batch.Recorder(model)
+def one_round(experiment, subset, schedule="joint", accumulation=1, clip=None, **more):
+    """The report of a round on one process, and the gradient that a step of SGD has used, or {} without a step."""
+    engine = big_batch.engine(big_batch.cpu_accelerator(), experiment, subset, clip)
+    before, _ = engine.full_state()
     report = run_round(
-        big_batch.cpu_accelerator(),
-        model,
-        recorder,
-        model.tasks,
+        engine,
+        engine.bare.tasks,
         big_batch.share_of_round(subset, 0, 1, accumulation, **more),
         schedule=schedule,
-        clip_norm=clip,
     )
-    return report, recorder.steps
+    assert all(p.grad is None for p in engine.bare.parameters())
+    after, _ = engine.full_state()
+    stepped = any(not torch.equal(before[n], after[n]) for n in before)
+    step = {n: (before[n].double() - after[n].double()) / big_batch.RATE for n in before}
+    return report, step if stepped else {}
 
 
 @pytest.mark.parametrize("subset", big_batch.SUBSETS, ids="+".join)
@@ -50,32 +41,11 @@ def test_micro_batches_and_schedules_have_the_gradient_of_one_big_batch(experime
     truth, means = big_batch.true_gradients(model, subset)
     for schedule in SCHEDULES:
         for accumulation in (1, 2, 4):
-            report, (gradients,) = one_round(model, subset, schedule, accumulation)
+            report, gradients = one_round(experiment, subset, schedule, accumulation)
             assert big_batch.worst_error(gradients, truth) < LAW, (schedule, accumulation)
             assert report.losses == pytest.approx(means, rel=1e-5)
             total = sum(big_batch.WEIGHTS[name] * mean for name, mean in means.items())
             assert report.total == pytest.approx(total, rel=1e-5)
-
-
-def test_two_processes_have_the_gradient_of_one_big_batch(experiment, two_processes):
-    found = load_file(two_processes / "gradients_0.safetensors")
-    reports = json.loads((two_processes / "reports_0.json").read_text())
-    for subset in big_batch.SUBSETS:
-        model = big_batch.build(experiment, subset)
-        truth, means = big_batch.true_gradients(model, subset)
-        for schedule in SCHEDULES:
-            for accumulation in (1, 2):
-                key = f"{'+'.join(subset)}/{schedule}/{accumulation}/None"
-                gradients = {name: found[f"{key}/{name}"] for name in truth}
-                assert big_batch.worst_error(gradients, truth) < LAW, key
-                losses = {name: reports[key][name] for name in subset}
-                assert losses == pytest.approx(means, rel=1e-5)
-
-
-def test_all_ranks_step_with_the_same_gradient(two_processes):
-    ours, theirs = (load_file(two_processes / f"gradients_{rank}.safetensors") for rank in (0, 1))
-    assert set(ours) == set(theirs)
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def clipped(truth: dict, limit: float) -> tuple[dict, float]:
@@ -93,66 +63,34 @@ def test_clipping_is_that_of_the_big_batchs_global_norm(experiment, limit):
     model = big_batch.build(experiment, subset)
     wanted, norm = clipped(big_batch.true_gradients(model, subset)[0], limit)
     for schedule in SCHEDULES:
-        report, (gradients,) = one_round(model, subset, schedule, 2, clip=limit)
+        report, gradients = one_round(experiment, subset, schedule, 2, clip=limit)
         assert big_batch.worst_error(gradients, wanted) < LAW
         assert report.grad_norm == pytest.approx(norm, rel=1e-5)
 
 
-def test_clipping_on_two_processes_is_that_of_the_global_norm(experiment, two_processes):
-    found = load_file(two_processes / "gradients_0.safetensors")
-    reports = json.loads((two_processes / "reports_0.json").read_text())
-    subset = big_batch.NAMES
-    truth, _ = big_batch.true_gradients(big_batch.build(experiment, subset), subset)
-    wanted, norm = clipped(truth, 0.05)
-    assert norm > 0.05
-    for schedule in SCHEDULES:
-        key = f"{'+'.join(subset)}/{schedule}/2/0.05"
-        gradients = {name: found[f"{key}/{name}"] for name in wanted}
-        assert big_batch.worst_error(gradients, wanted) < LAW
-        assert reports[key]["grad_norm"] == pytest.approx(norm, rel=1e-5)
-
-
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_round_with_a_nan_takes_no_step_and_names_task_and_clip(experiment, schedule):
-    model = big_batch.build(experiment, big_batch.NAMES)
-    report, steps = one_round(model, big_batch.NAMES, schedule, 2, poison="upsampling")
-    assert steps == []
+    report, step = one_round(experiment, big_batch.NAMES, schedule, 2, poison="upsampling")
+    assert step == {}
     assert report.nonfinite == ["upsampling: clip 6"]
-    assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_gradient_that_overflows_takes_no_step(experiment):
-    model = big_batch.build(experiment, ("next_step",))
-    with torch.no_grad():
-        head = model.heads.heads["next_step"].layers
-        head[0].weight.mul_(1e30)
-        head[2].weight.zero_()
-    before = [p.detach().clone() for p in model.parameters()]
-    report, steps = one_round(model, ("next_step",))
+def test_a_gradient_that_overflows_takes_no_step(experiment, monkeypatch):
+    build = big_batch.build
+
+    def steep(experiment, subset):
+        model = build(experiment, subset)
+        with torch.no_grad():
+            head = model.heads.heads["next_step"].layers
+            head[0].weight.mul_(1e30)
+            head[2].weight.zero_()
+        return model
+
+    monkeypatch.setattr(big_batch, "build", steep)
+    report, step = one_round(experiment, ("next_step",))
     assert torch.isfinite(torch.tensor(report.total))
-    assert steps == []
+    assert step == {}
     assert "norm" in report.nonfinite[0]
-    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
-
-
-def test_a_nan_on_one_rank_is_skipped_by_all_ranks_together(two_processes):
-    for rank in (0, 1):
-        outcome = json.loads((two_processes / f"poisoned_{rank}.json").read_text())
-        assert outcome["next_step"]["nonfinite"] == ["next_step: clip 6"]
-        assert outcome["next_step"]["unchanged"]
-        # the next, clean round goes on as if nothing had been
-        assert outcome["None"] == {
-            "nonfinite": [],
-            "unchanged": False,
-            "finite": True,
-            "stop": True,
-        }
-
-
-def test_a_stop_asked_of_one_rank_is_heard_by_all(two_processes):
-    for rank in (0, 1):
-        outcome = json.loads((two_processes / f"poisoned_{rank}.json").read_text())
-        assert outcome["next_step"]["stop"]
 
 
 def test_round_robin_holds_one_task_a_forward_and_joint_all():

@@ -1,5 +1,6 @@
 """When a run stops by itself, and which checkpoint its results are of."""
 
+import copy
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 
 from mtl_dist import checkpoint
 from mtl_dist.config import ConfigError, load_config
+from mtl_dist.evaluation import evaluate
 from mtl_dist.experiment import build_experiment, fingerprint
 from mtl_dist.models.wavenet import WaveNetTrunk
 from mtl_dist.run_folder import RunFolder
@@ -53,7 +55,14 @@ def test_without_patience_it_goes_to_the_end(make_trainer):
 
 
 @pytest.mark.parametrize("which", ["best", "last"])
-def test_results_are_of_the_checkpoint_that_was_asked_for(make_trainer, which):
+def test_results_are_of_the_checkpoint_that_was_asked_for(make_trainer, which, monkeypatch):
+    heard = []
+
+    def listen(accelerator, model, *more):
+        heard.append(copy.deepcopy(model))
+        return evaluate(accelerator, model, *more)
+
+    monkeypatch.setattr("mtl_dist.trainer.evaluate", listen)
     words = ["--train.rounds", "5", "--train.validate_every", "1", "--evaluation.checkpoint", which]
     trainer, folder = make_trainer(*words, *FROZEN[:1], "1e-2", *FROZEN[2:3], "1e-2")
     results = trainer.train()
@@ -61,8 +70,9 @@ def test_results_are_of_the_checkpoint_that_was_asked_for(make_trainer, which):
     wanted = checkpoint.best_checkpoint(folder.checkpoints) if which == "best" else last
     model = trainer.experiment.build_model()
     checkpoint.load_weights(wanted, model)
+    scored = heard[-1].state_dict()
     for name, value in model.state_dict().items():
-        assert torch.equal(value, trainer.bare_model.state_dict()[name]), name
+        assert torch.equal(value, scored[name]), name
     assert json.loads(folder.results.read_text()) == results
 
 
@@ -125,9 +135,9 @@ def test_the_configured_schedule_accumulation_clipping_and_decay_reach_the_step(
         "clipped": ["--optim.clip_norm", "1e-30"],
     }.items():
         trainer, folder = make_trainer(*words, *more, "--run.dir", f"{{}}/{name}")
-        before = [p.detach().clone() for p in trainer.bare_model.parameters()]
+        before = [p.detach().clone() for p in trainer.engine.bare.parameters()]
         trainer.train()
-        ended[name] = before, [p.detach() for p in trainer.bare_model.parameters()]
+        ended[name] = before, [p.detach() for p in trainer.engine.bare.parameters()]
         steps = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     for one, other in zip(ended["whole"][1], ended["joint"][1], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
@@ -169,7 +179,7 @@ def test_the_published_weights_and_their_json_rebuild_the_trunk(make_trainer):
         {n.removeprefix("trunk."): w for n, w in weights.items() if n.startswith("trunk.")}
     )
     wave = torch.randn(2, 300)
-    assert torch.equal(trunk(wave), trainer.bare_model.trunk(wave))
+    assert torch.equal(trunk(wave), trainer.engine.bare.trunk(wave))
     assert trunk.receptive_field == about["receptive_field_samples"]
     assert about["data"]["sample_rate"] == 16_000
     classes = trainer.experiment.tasks["audio_tagging"].class_names()

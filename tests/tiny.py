@@ -103,10 +103,10 @@ def run_process(words: list[str], timeout: float = 240.0, **environment: str):
     )
 
 
-def launch_two(script: str, *words: str, timeout: float = 240.0):
-    """Run a script on two CPU processes over gloo, on a free port."""
+def launch(file: str, script: str, *words: str, timeout: float = 240.0):
+    """Run a script as launch_configs/FILE.yaml says."""
     launcher = ["-m", "accelerate.commands.launch"]
-    config = ["--config_file", "launch_configs/two_cpu_processes.yaml"]
+    config = ["--config_file", f"launch_configs/{file}.yaml"]
     return run_process([*launcher, *config, script, *words], timeout)
 
 

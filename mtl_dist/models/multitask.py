@@ -14,10 +14,11 @@ from mtl_dist.tasks.base import Task, TaskBatch
 
 
 class Heads(nn.Module):
-    """All heads behind one forward."""
+    """All heads behind one forward. `touch_idle`: off where the engine itself gives idle heads a gradient of 0."""
 
     def __init__(self, heads: Mapping[str, nn.Module]):
         super().__init__()
+        self.touch_idle = True
         self.heads = nn.ModuleDict(heads)
 
     def forward(
@@ -25,11 +26,12 @@ class Heads(nn.Module):
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Return ({task: outputs}, 0): the zero hangs on the parameters of all heads that were not asked."""
         outputs = {name: self.heads[name](hidden[name], valid[name]).float() for name in hidden}
-        idle = [
-            p for name, head in self.heads.items() if name not in hidden for p in head.parameters()
-        ]
+        idle = [head for name, head in self.heads.items() if name not in hidden]
+        touched = [p for head in idle for p in head.parameters()] if self.touch_idle else []
         device = next(iter(hidden.values())).device
-        return outputs, sum((0.0 * p.float().sum() for p in idle), torch.zeros((), device=device))
+        return outputs, sum(
+            (0.0 * p.float().sum() for p in touched), torch.zeros((), device=device)
+        )
 
 
 class MultitaskModel(nn.Module):
