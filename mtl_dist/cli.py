@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from mtl_dist import checkpoint, pictures
 from mtl_dist.config import ConfigError, load_config
 from mtl_dist.corpora.base import SPLITS
+from mtl_dist.doctor import add_doctor
 from mtl_dist.evaluation import Evaluation, evaluate
 from mtl_dist.experiment import Experiment, build_together
 from mtl_dist.planning import add_plan
@@ -141,6 +142,7 @@ def main(words: list[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_evaluate(commands)
     add_plan(commands)
+    add_doctor(commands)
     options, overrides = parser.parse_known_args(words)
     try:
         options.act(options, overrides)

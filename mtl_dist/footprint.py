@@ -178,15 +178,24 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, known: Iterable[torch.Tensor]):
         super().__init__()
         self.known = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
-        self.live: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
-        self.peak = 0
+        self.now = self.peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        self.live.update(s for t in made if (s := t.untyped_storage()) not in self.known)
-        self.peak = max(self.peak, sum(storage.nbytes() for storage in self.live))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._follow(leaf.untyped_storage())
+        self.peak = max(self.peak, self.now)
         return out
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self.known:
+            self.known.add(storage)
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self._freed, storage.nbytes())
+
+    def _freed(self, count: int) -> None:
+        self.now -= count
 
 
 def peak_bytes(model: MultitaskModel, batches: Mapping[str, TaskBatch], precision: str) -> int:
