@@ -1,7 +1,7 @@
 """What a run takes, in bytes: memory of a rank, the wire, a checkpoint, the loaders. Arithmetic, and one measurement.
 
 P is the number of parameters, n the number of ranks. Sources: ZeRO (Rajbhandari et al. 2020, sections 3, 5 and 7) for what
-each engine keeps and sends; NCCL tests' PERFORMANCE.md for the factors of a ring. Tested by tests/test_footprint.py.
+each engine keeps and sends; NCCL tests' PERFORMANCE.md for the factors of a ring. Tested by tests/test_planning.py.
 """
 
 import contextlib
