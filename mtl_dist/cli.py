@@ -1,6 +1,8 @@
-"""The command `mtl-dist`: what is done with a trained model.
+"""The command `mtl-dist`: what is done before a run, and with a trained model.
 
     mtl-dist evaluate runs/demo --split test        one process; with several: accelerate launch -m mtl_dist.cli evaluate ...
+    mtl-dist plan --config demo --nodes 1 --gpus-per-node 2                                                    (planning.py)
+    mtl-dist doctor --config demo                                                                              (doctor.py)
 
 Tested by tests/test_cli.py.
 """
@@ -17,8 +19,10 @@ from safetensors import SafetensorError
 from mtl_dist import checkpoint, pictures
 from mtl_dist.config import ConfigError, load_config
 from mtl_dist.corpora.base import SPLITS
+from mtl_dist.doctor import add_doctor
 from mtl_dist.evaluation import Evaluation, evaluate
 from mtl_dist.experiment import Experiment, build_together
+from mtl_dist.planning import add_plan
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.runtime import LaunchError, start
 from mtl_dist.tables import format_rows, per_class_rows, results_table
@@ -132,8 +136,13 @@ def _write_classes(counts, rows: list[tuple], classes: list[str], out: Path, ste
 def main(words: list[str] | None = None) -> None:
     """Run a command of `mtl-dist`; mistakes of the user end with one line and exit code 1."""
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
-    parser = argparse.ArgumentParser(prog="mtl-dist", description="Use trained multitask models.")
-    add_evaluate(parser.add_subparsers(required=True, metavar="COMMAND"))
+    parser = argparse.ArgumentParser(
+        prog="mtl-dist", description="Plan and check runs, use trained models."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_evaluate(commands)
+    add_plan(commands)
+    add_doctor(commands)
     options, overrides = parser.parse_known_args(words)
     try:
         options.act(options, overrides)

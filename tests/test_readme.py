@@ -138,8 +138,11 @@ def test_every_training_command_runs_in_the_order_of_the_readme_and_then_evaluat
     for command in commands("mtl-dist"):
         done = run(command.split(), folder)
         assert done.returncode == 0, f"{command}\n{done.stderr[-4000:]}"
-        assert "map@3" in done.stdout
-        assert (folder / "runs/first/test_audio_tagging_confusion.png").stat().st_size > 1000
+        if "evaluate" in command:
+            assert "map@3" in done.stdout
+            assert (folder / "runs/first/test_audio_tagging_confusion.png").stat().st_size > 1000
+        else:
+            assert ("rounds an epoch" if "plan" in command else "shared memory") in done.stdout
     for command in commands("tensorboard"):
         assert {"first/tensorboard", "mine/tensorboard"} <= runs_shown_by(command.split(), folder)
     results = (folder / "runs/infill/results.json").read_text()

@@ -1,0 +1,142 @@
+"""Whether a run fits a machine: does the batch divide over the ranks, does a rank's memory do, and if not, what would.
+
+Tested by tests/test_planning.py.
+"""
+
+import dataclasses
+
+from mtl_dist import footprint
+from mtl_dist.config import Config, ConfigError
+from mtl_dist.experiment import Plan, plan_rounds
+from mtl_dist.footprint import ENGINES, Activations, ModelSize
+
+USABLE = 0.9
+"""Share of a device's memory that a plan may fill: the rest is for the CUDA context, NCCL and what the allocator loses."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A run on a machine that may or may not do: what a plan is made of."""
+
+    config: Config
+    nodes: int
+    per_node: int
+    engine: str
+    precision: str
+    memory: int
+    """Bytes of one device."""
+    main_clips: int
+    size: ModelSize
+    activations: dict[str, Activations]
+
+    @property
+    def ranks(self) -> int:
+        """Processes in all."""
+        return self.nodes * self.per_node
+
+    def changed(self, **train: object) -> "Case":
+        """Return the case with other fields of section train."""
+        train_config = dataclasses.replace(self.config.train, **train)
+        return dataclasses.replace(
+            self, config=dataclasses.replace(self.config, train=train_config)
+        )
+
+    def rounds(self) -> Plan:
+        """Return the arithmetic. Raises ConfigError where it does not come out whole."""
+        return plan_rounds(self.config, self.main_clips, self.ranks)
+
+    def micro_steps(self) -> int:
+        """Return the forwards and backwards of a round on a rank."""
+        each = 1 if self.config.train.schedule == "joint" else len(self.config.train.tasks)
+        return each * self.rounds().accumulation
+
+    def memory_needed(self) -> dict[str, int]:
+        """Return {what: bytes} of a rank's device."""
+        train, steps = self.config.train, self.micro_steps()
+        state = footprint.state_bytes(self.size, self.engine, self.precision, self.ranks, steps)
+        micro = self.rounds().micro_batch
+        held = footprint.activation_bytes(self.activations, train.schedule, micro)
+        return state | {"activations": held}
+
+    def fits(self) -> bool:
+        """Whether a rank's device can hold it."""
+        return sum(self.memory_needed().values()) <= USABLE * self.memory
+
+    def with_smaller_batches(self) -> "Case | None":
+        """Return the case with the largest micro-batch that divides and fits, if there is one."""
+        share = self.config.train.global_batch // self.ranks
+        sizes = [m for m in range(self.rounds().micro_batch, 0, -1) if share % m == 0]
+        cases = (self.changed(micro_batch=m) for m in sizes)
+        return next((case for case in cases if case.fits()), None)
+
+
+def division_problem(case: Case) -> str | None:
+    """Return what does not divide, and the nearest numbers of nodes that do."""
+    try:
+        case.rounds()
+    except ConfigError as error:
+        most = max(case.nodes, case.config.train.global_batch // case.per_node)
+        fit = [n for n in range(1, most + 1) if divides(dataclasses.replace(case, nodes=n))]
+        near = [*[n for n in fit if n < case.nodes][-1:], *[n for n in fit if n > case.nodes][:1]]
+        what = f"nodes of {case.per_node} processes"
+        other = f"or {' or '.join(map(str, near))} {what}" if near else f"no number of {what} does"
+        return f"{error}; {other}"
+    return None
+
+
+def divides(case: Case) -> bool:
+    """Whether ranks, micro-batch and accumulation give global_batch."""
+    try:
+        case.rounds()
+    except ConfigError:
+        return False
+    return True
+
+
+def memory_problem(case: Case) -> str | None:
+    """Return why a rank's memory does not do, and what would."""
+    if case.fits():
+        return None
+    schedules = dict.fromkeys([case.config.train.schedule, "round_robin"])
+    engines = dict.fromkeys([case.engine, *ENGINES])
+    tried = (
+        dataclasses.replace(case, engine=engine).changed(schedule=schedule).with_smaller_batches()
+        for engine in engines
+        for schedule in schedules
+    )
+    better = next((other for other in tried if other is not None), None)
+    need, have = sum(case.memory_needed().values()), case.memory
+    usable = f"{USABLE:.0%} of which may be used"
+    problem = (
+        f"memory: a rank needs {size_text(need)}, and its device has {size_text(have)}, {usable}"
+    )
+    if better is None:
+        return (
+            f"{problem}; no engine with a train.micro_batch of 1 fits either: use devices with more memory, more ranks for "
+            "fsdp2 or zero3, shorter data.crop_seconds or a smaller model"
+        )
+    return (
+        f"{problem}; use {_how(case, better)} ({size_text(sum(better.memory_needed().values()))})"
+    )
+
+
+def _how(case: Case, better: Case) -> str:
+    """Say what is different in a case that fits."""
+    words = [f"--engine {better.engine}"] if better.engine != case.engine else []
+    if better.config.train.schedule != case.config.train.schedule:
+        words.append(f"--train.schedule {better.config.train.schedule}")
+    old, new = case.rounds(), better.rounds()
+    if new.micro_batch != old.micro_batch:
+        words.append(
+            f"--train.micro_batch {new.micro_batch} with accumulation {new.accumulation}, the same global_batch"
+        )
+    return " and ".join(words)
+
+
+def size_text(count: float) -> str:
+    """Return bytes for people: 1.25 GiB."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} GiB" if count < 999.5 else f"{count:,.0f} GiB"

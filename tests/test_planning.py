@@ -1,0 +1,179 @@
+"""`mtl-dist plan` against independent truths: a real model and Adam, a written checkpoint, real activations, plan_rounds."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from test_checkpoint import model_and_adam
+
+from mtl_dist import checkpoint, cli, footprint
+from mtl_dist.checkpoint import TrainState
+from mtl_dist.config import ConfigError, load_config
+from mtl_dist.experiment import plan_rounds
+from mtl_dist.footprint import ENGINES, ModelSize
+
+NOTHING = ModelSize(shapes=[torch.Size([30, 10]), torch.Size([1, 7])], largest_unit=20)
+
+
+def plan(capsys, *words: str) -> tuple[int, dict]:
+    """Return the exit code of `mtl-dist plan --json` and what it printed."""
+    try:
+        cli.main(["plan", "--json", *words])
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_parameters_gradients_and_adam_are_those_of_a_model_that_is_there(tiny_experiment):
+    model, adam = model_and_adam(tiny_experiment, steps=1)
+    size = footprint.size_of(model)
+    state = footprint.state_bytes(size, "ddp", "no", 1, 4)
+    assert state["parameters"] == sum(p.nbytes for p in model.parameters())
+    assert state["gradients"] == sum(p.grad.nbytes for p in model.parameters())
+    moments = [s[k].nbytes for s in adam.state.values() for k in ("exp_avg", "exp_avg_sq")]
+    assert state["optimizer"] == sum(moments)
+
+
+def test_a_checkpoint_takes_what_the_plan_says(tiny_experiment, tmp_path):
+    model, adam = model_and_adam(tiny_experiment, steps=1)
+    path = checkpoint.save(tmp_path, model, adam, TrainState(round=1), "", {})
+    written = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    assert footprint.checkpoint_bytes(footprint.size_of(model)) == pytest.approx(written, rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_activations_followed_without_numbers_are_those_of_real_tensors(tiny_experiment, precision):
+    real = tiny_experiment.build_model()
+    with footprint.pretended():
+        pretended = tiny_experiment.build_model()
+        measured = {
+            name: footprint.measure_activations(pretended, task, precision)
+            for name, task in tiny_experiment.tasks.items()
+        }
+    for name, task in tiny_experiment.tasks.items():
+        batch = {name: footprint.batch_of(task, 5)}
+        truth = footprint.peak_bytes(real, batch, precision)
+        found = footprint.activation_bytes({name: measured[name]}, "joint", 5)
+        assert found == pytest.approx(truth, rel=0.02)
+
+
+def test_the_peak_of_one_product_is_counted_by_hand():
+    class Product(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1000))
+
+        def forward(self, batches):
+            return {"x": ((batches["x"] * self.weight).exp().sum(), None)}
+
+    # product, exp's result and the sum live until backward; then ones are expanded, exp's and the product's gradients follow
+    peak = footprint.peak_bytes(Product(), {"x": torch.ones(1000)}, "no")
+    vector = 4 * 1000
+    assert 2 * vector < peak < 4 * vector + 100
+    assert footprint.peak_bytes(Product(), {"x": torch.ones(7, 1000)}, "no") > 6 * peak
+
+
+def test_joint_holds_all_tasks_and_round_robin_the_largest():
+    measured = {"a": footprint.Activations(1, 10), "b": footprint.Activations(2, 30)}
+    assert footprint.activation_bytes(measured, "joint", 4) == 3 + 160
+    assert footprint.activation_bytes(measured, "round_robin", 4) == 2 + 120
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_an_engine_shards_is_divided_and_the_rest_is_not(engine):
+    one, four = (footprint.state_bytes(NOTHING, engine, "no", ranks, 1) for ranks in (1, 4))
+    for what in ("parameters", "gradients", "optimizer"):
+        if what in ENGINES[engine].shards:
+            assert (
+                one[what] / 4 <= four[what] <= one[what] / 4 + 12 * 20
+            )  # odd shapes do not divide
+        else:
+            assert four[what] >= one[what]
+
+
+def test_fsdp2_holds_the_largest_chunk_of_every_parameter():
+    tensors = [torch.zeros(shape) for shape in NOTHING.shapes]
+    largest = sum(torch.chunk(tensor, 4)[0].numel() for tensor in tensors)
+    assert footprint.shard_elements(NOTHING, "fsdp2", 4) == largest
+
+
+def test_several_micro_steps_keep_whole_gradients_until_they_are_reduced():
+    for engine in ENGINES:
+        state = footprint.state_bytes(NOTHING, engine, "no", 4, 2)
+        assert state["gradients"] >= 4 * NOTHING.elements
+
+
+def test_bytes_on_the_wire_are_those_of_the_formulas():
+    """P = 307 fp32 parameters on 4 ranks, 3 micro-steps."""
+    part = 3 / 4 * 4 * 307
+    sent = {e: sum(footprint.wire_bytes(NOTHING, e, "no", 4, 3).values()) for e in ENGINES}
+    assert sent["ddp"] == sent["zero1"] == sent["zero2"] == pytest.approx(2 * part, abs=1)
+    assert sent["fsdp2"] == sent["zero3"] == pytest.approx((1 + 2 * 3) * part, abs=1)
+    assert not any(footprint.wire_bytes(NOTHING, "fsdp2", "no", 1, 3).values())
+
+
+def test_the_arithmetic_is_that_of_the_run(corpora_root, tiny_experiment, capsys):
+    words = tiny.tiny_words(corpora_root, "--train.micro_batch", "1")
+    code, facts = plan(capsys, "--nodes", "1", "--gpus-per-node", "2", *words)
+    clips = len(tiny_experiment.table("audio_tagging"))
+    truth = plan_rounds(load_config(words), clips, 2)
+    assert code == 0
+    assert (facts["micro_batch"], facts["accumulation"]) == (truth.micro_batch, truth.accumulation)
+    assert (facts["rounds"], facts["rounds_per_epoch"]) == (truth.rounds, truth.rounds_per_epoch)
+    assert facts["micro_steps"] == 4 * truth.accumulation
+
+
+def test_ranks_that_do_not_divide_are_reported_with_the_nearest_nodes_that_do(capsys):
+    words = ["--config", "paper", "--clips", "8526", "--gpus-per-node", "8"]
+    code, facts = plan(capsys, *words, "--nodes", "16", "--model.blocks", "1")
+    with pytest.raises(ConfigError) as error:
+        plan_rounds(load_config(["--config", "paper"]), 8526, 128)
+    assert code == 1
+    assert facts["problems"] == [f"{error.value}; or 6 nodes of 8 processes"]
+    code, facts = plan(capsys, *words, "--nodes", "4", "--model.blocks", "1")
+    assert facts["problems"][0].endswith("or 3 or 6 nodes of 8 processes")
+
+
+def test_memory_that_does_not_do_names_the_micro_batch_that_does(corpora_root, capsys):
+    words = ["--precision", "no", *tiny.tiny_words(corpora_root)]
+    _, facts = plan(capsys, *words)
+    half = facts["memory_bytes"] - 2 * max(facts["activation_bytes_per_clip"].values())
+    code, smaller = plan(capsys, *words, "--memory-gib", str(half * 1.05 / 0.9 / 2**30))
+    assert code == 1
+    assert "--train.micro_batch 2 with accumulation 2" in smaller["problems"][0]
+    taken = ["--memory-gib", str(half * 1.05 / 0.9 / 2**30), "--train.micro_batch", "2"]
+    assert plan(capsys, *words, *taken)[0] == 0
+
+
+def test_a_model_too_large_for_ddp_is_sent_to_an_engine_that_shards(capsys):
+    words = (
+        "--config paper --clips 100 --gpus-per-node 8 --precision no --train.global_batch 8".split()
+    )
+    words += "--data.crop_seconds 0.05 --model.channels 512 --model.blocks 2".split()
+    facts = plan(capsys, *words)[1]
+    memory = str(0.5 * facts["memory_bytes"] / 0.9 / 2**30)
+    code, facts = plan(capsys, *words, "--memory-gib", memory)
+    assert code == 1
+    assert "use --engine fsdp2" in facts["problems"][0]
+    assert plan(capsys, *words, "--memory-gib", memory, "--engine", "fsdp2")[0] == 0
+
+
+def test_missing_corpora_are_an_error_that_says_how_to_do_without(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["plan", "--config", "paper"])
+    assert "corpora.fsdkaggle2018.root: not set" in stop.value.code
+    assert "--clips N" in stop.value.code
+
+
+def test_the_table_says_what_the_numbers_say(corpora_root, capsys):
+    cli.main(["plan", "--cores-per-node", "1", *tiny.tiny_words(corpora_root)])
+    printed = capsys.readouterr().out
+    assert "global_batch 4 = 1 ranks x 4 x 1" in printed
+    assert "does not do" not in printed
+    more = ["--cores-per-node", "2", "--data.workers", "2"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["plan", *tiny.tiny_words(corpora_root), *more])
+    assert stop.value.code == 1
+    assert "use --data.workers 1" in capsys.readouterr().out
