@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import math
 import sys
+from platform import node
 
 import datasets
 import torch
@@ -95,7 +96,7 @@ def build_together(accelerator: Accelerator, config: Config) -> Experiment:
             try:
                 experiment = build_experiment(config)
             except ConfigError as error:
-                problem = [str(error)]
+                problem = [str(error) if accelerator.is_main_process else f"on {node()}: {error}"]
         raise_together(accelerator, problem)
     return experiment
 

@@ -9,7 +9,12 @@ import signal
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 from torch import distributed
 
 log = logging.getLogger("mtl_dist")
@@ -100,19 +105,37 @@ def meet(timeout_seconds: float) -> None:
 
 
 def rendezvous_store() -> distributed.Store:
-    """Return this attempt's part of the store that the launcher keeps, or rank 0 where the launcher keeps none."""
+    """Return a client of this attempt's part of the store by which the ranks find each other."""
+    return distributed.PrefixStore(f"attempt_{attempt()}", launch_store())
+
+
+def launch_store() -> distributed.Store:
+    """Return a client of the store that the launcher keeps through all attempts, or rank 0 where the launcher keeps none."""
     kept_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = distributed.TCPStore(
+    return distributed.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         is_master=os.environ["RANK"] == "0" and not kept_by_launcher,
+        multi_tenant=True,
     )
-    return distributed.PrefixStore(f"attempt_{attempt()}", store)
 
 
 def attempt() -> int:
     """Return how often the launcher has restarted this group of processes."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def restarts_left() -> int:
+    """Return how often the launcher would start this group of processes again if it failed."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) - attempt()
+
+
+def agree_on_folder(accelerator: Accelerator, wanted: str) -> str:
+    """Return the run folder, the same on all ranks and in all attempts of a launch: what rank 0 wanted first."""
+    name = [wanted]
+    if accelerator.is_main_process and restarts_left() + attempt() > 0:
+        name = [launch_store().compare_set("run_folder", "", wanted).decode()]
+    return broadcast_object_list(name)[0]
 
 
 def _start_sharding(asked: str, precision: str) -> Accelerator:

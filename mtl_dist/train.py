@@ -10,23 +10,31 @@ import sys
 import time
 from pathlib import Path
 
-from accelerate.utils import broadcast_object_list
-
 from mtl_dist.config import ConfigError, load_config
 from mtl_dist.experiment import build_together, plan_rounds, raise_together
 from mtl_dist.run_folder import RunFolder
-from mtl_dist.runtime import LaunchError, StopRequest, start, world_of
+from mtl_dist.runtime import (
+    LaunchError,
+    StopRequest,
+    agree_on_folder,
+    attempt,
+    restarts_left,
+    start,
+    world_of,
+)
 from mtl_dist.trainer import Trainer, TrainingError
 
 
 def run(words: list[str]) -> int:
     """Train as the command line says; return the exit code."""
     config = load_config(words)
+    if attempt() > 0:  # the launcher has restarted what it runs: the run goes on
+        config.run.resume = "auto"
     stop = StopRequest().listen()
     accelerator = start(config.train.mixed_precision, config.run.timeout_seconds)
     try:
-        name = [config.run.dir or time.strftime("runs/%Y%m%d-%H%M%S")]
-        folder = RunFolder(Path(broadcast_object_list(name)[0]))
+        name = config.run.dir or time.strftime("runs/%Y%m%d-%H%M%S")
+        folder = RunFolder(Path(agree_on_folder(accelerator, name)))
         experiment = build_together(accelerator, config)
         open_together(accelerator, folder, experiment)
         trainer = Trainer(experiment, accelerator, folder, stop)
@@ -48,7 +56,9 @@ def run(words: list[str]) -> int:
             print(
                 f"run folder: {folder.path}\nlook at it: {tensorboard} --logdir {folder.path.parent}"
             )
-        return 0 if results is not None or stop.signal is None else 128 + stop.signal
+        if results is not None or stop.signal is None or restarts_left() > 0:
+            return 0  # with restarts left, a launcher would take another code for a failure; status.json says how it is
+        return 128 + stop.signal
     finally:
         accelerator.end_training()
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -262,3 +263,20 @@ def test_a_missing_corpus_ends_both_ranks_with_one_message(tmp_path, corpora_roo
     assert ended.returncode != 0
     assert ended.stderr.count("error: corpora.fsdkaggle2018.root: ") == 1
     assert "[rank" not in ended.stderr
+
+
+@pytest.mark.slow
+def test_a_rank_that_cannot_see_the_data_ends_all_with_one_message_that_names_its_node(
+    tmp_path, corpora_root
+):
+    hidden = str(corpora_root / "LibriSpeech")
+    ended = tiny.launch(
+        "two_cpu_processes",
+        "tests/workers/blind_rank.py",
+        hidden,
+        *words(corpora_root, tmp_path / "run"),
+    )
+    assert ended.returncode != 0
+    assert ended.stderr.count("error: ") == 1
+    assert f"error: on {platform.node()}: corpora.librispeech.root: /not/mounted" in ended.stderr
+    assert not (tmp_path / "run").exists()

@@ -104,6 +104,17 @@ def test_si_sdr_is_its_formula():
         assert value.item() == pytest.approx(wanted, abs=1e-3)
 
 
+def test_si_sdr_is_that_of_torchmetrics():
+    from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio as theirs
+
+    rng = torch.Generator().manual_seed(5)
+    for level in (1e-3, 0.1, 1.0):
+        target, noise = torch.randn(2, 4000, generator=rng) * level
+        for estimate in (target + noise, 0.3 * target, noise, torch.zeros(4000), target):
+            wanted = float(theirs(estimate, target))
+            assert float(si_sdr(estimate, target)[0]) == pytest.approx(wanted, abs=1e-3)
+
+
 @pytest.mark.parametrize("scale", [0.05, 0.5, 20.0])
 def test_si_sdr_does_not_hear_the_scale_of_the_estimate(scale):
     estimate, target = waves()

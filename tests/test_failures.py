@@ -1,0 +1,56 @@
+"""Killed at random moments, a run learns the same (benchmarks/failures.py, with fewer kills)."""
+
+import json
+import os
+import random
+import signal
+import sys
+
+import pytest
+import tiny
+import torch
+
+sys.path.insert(0, str(tiny.REPOSITORY / "benchmarks"))
+
+import failures
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+ROUNDS = 150
+
+
+@pytest.fixture(scope="module")
+def out(corpora_root, tmp_path_factory):
+    """A folder with the corpora and a run that nobody killed."""
+    folder = tmp_path_factory.mktemp("failures")
+    (folder / "corpora").symlink_to(corpora_root)
+    launcher = failures.launch(folder, folder / "uninterrupted", ROUNDS)
+    assert launcher.wait(timeout=failures.BACK_SECONDS) == 0
+    return folder
+
+
+def assert_learned_the_same(run, out) -> None:
+    ours, theirs = (failures.final(folder, ROUNDS) for folder in (run, out / "uninterrupted"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+
+
+def test_every_process_killed_three_times_over(out):
+    assert_learned_the_same(failures.kill_all(out, 3, ROUNDS, random.Random(1)), out)
+
+
+def test_one_rank_killed_twice_under_a_launcher_that_restarts(out):
+    assert_learned_the_same(failures.kill_one(out, 2, ROUNDS, random.Random(2)), out)
+
+
+def test_a_stop_request_is_not_taken_for_a_failure_by_a_launcher_that_restarts(out):
+    run = out / "stopped"
+    launcher = failures.launch(out, run, ROUNDS, "--max_restarts", "2")
+    failures.wait_for(lambda: failures.rounds_done(run) > 2, launcher)
+    for rank in failures.ranks_of(launcher):
+        os.kill(rank.pid, signal.SIGTERM)
+    assert launcher.wait(timeout=failures.BACK_SECONDS) == 0
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["signal"]) == ("stopped", "SIGTERM")
+    assert failures.saved(run) == status["round"] < ROUNDS
+    assert failures.resumptions(run) == []
