@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/loop.py
 
 Both train the recipe given (default: demo) on rounds prepared beforehand, in turns of a few rounds in one process. The bare
-loop sums the tasks' losses, divides by their counts, and steps Adam; ours is all that Trainer does with a round, logging too.
+loop sums the tasks' losses, divides by their counts, and steps Adam; ours is all that Trainer does in a round, logging too.
 """
 
 import argparse
