@@ -85,8 +85,12 @@ run_step() {
 # End the job as the run ended that began at round $1 and is now "$2 $3 $4" (state, round, signal) in the folder $5.
 end_job() {
   local before=$1 state=$2 round=$3 asked=$4 run=$5 job=$SLURM_JOB_ID
+  # An element of an array by its place: its job id may be that of the array, and all elements would be requeued.
+  [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
   echo "job $job: $run is $state at round $round (began at $before; signal $asked, exit code $code)"
-  [[ -z $ended_by_slurm ]] || exit "$code" # cancelled or requeued: not ours to decide
+  if [[ -n $ended_by_slurm && $(squeue --noheader --jobs="$job" --format=%r) != TimeLimit ]]; then
+    exit "$code" # cancelled, or requeued already: not ours to decide
+  fi
   case $state:$asked in
     stopped:SIGUSR1 | stopped:SIGTERM | running:*) ;;
     *) exit "$code" ;; # finished, failed, never begun, or stopped because the run was told to
@@ -94,8 +98,6 @@ end_job() {
   ((round > before)) || die "no progress since round $before: the job is not requeued. If it was stopped before its first" \
     "round, give it more --time; a checkpoint that takes longer than the time left wants --signal=B:USR1@SECONDS; else see" \
     "the errors above. Submit it again with --run.dir $run"
-  # An element of an array by its place: its job id may be that of the array, and all elements would be requeued.
-  [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
   scontrol requeue "$job" || die "SLURM does not requeue this job. Submit it again with --run.dir $run"
   exit 0
 }
