@@ -157,6 +157,7 @@ def test_make_targets_of_the_readme_exist(folder):
 
 def test_every_kind_of_command_in_the_readme_is_run_by_a_test():
     known = ("accelerate launch", "make", "mtl-dist", "tensorboard --logdir", ". .venv")
+    known += ("sbatch",)  # run by test_slurm_scripts.py, and on a cluster by test_slurm.py
     lines = [line for block in blocks("bash") for line in block.splitlines() if line]
     assert [line for line in lines if not line.startswith(known)] == []
 
@@ -170,6 +171,8 @@ def test_file_tree_names_every_module_and_nothing_else():
     assert named == there - per_task
     for path in (ROOT / "launch_configs").glob("*.yaml"):
         assert path.stem in tree
+    for path in (ROOT / "slurm").iterdir():
+        assert path.name in tree
 
 
 def test_links_to_files_of_the_project_hold():
