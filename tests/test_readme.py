@@ -164,14 +164,15 @@ def test_every_kind_of_command_in_the_readme_is_run_by_a_test():
 
 def test_file_tree_names_every_module_and_nothing_else():
     tree = next(block for block in blocks("text") if block.startswith("mtl_dist/"))
-    named = set(re.findall(r"\w+\.(?:py|yaml)", tree)) - {"sample.py"}
+    named = set(re.findall(r"\w+\.(?:py|yaml)", tree.split("launch_configs/")[0]))
     there = {path.name for path in (ROOT / "mtl_dist").rglob("*.py") if path.name != "__init__.py"}
     there |= {path.name for path in (ROOT / "mtl_dist/recipes").glob("*.yaml")}
     per_task = {"audio_tagging.py", "next_step.py", "noise_reduction.py", "upsampling.py"}
     assert named == there - per_task
     for path in (ROOT / "launch_configs").glob("*.yaml"):
-        assert path.stem in tree
-    for path in (ROOT / "slurm").iterdir():
+        assert re.sub(r"^(fsdp2|zero\d)_", "", path.stem) in tree
+        assert path.stem.split("_")[0] in TEXT
+    for path in (*(ROOT / "slurm").iterdir(), *(ROOT / "benchmarks").glob("*.py")):
         assert path.name in tree
 
 
