@@ -135,9 +135,16 @@ def test_an_engines_launch_file_trains_it_and_its_weights_are_those_of_one_proce
         assert results[0]["test"][task] == pytest.approx(numbers, rel=1e-3), task
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "file",
+    [
+        pytest.param("several_nodes", marks=pytest.mark.slow),
+        pytest.param("fsdp2_several_nodes", marks=pytest.mark.slow),
+        pytest.param("zero2_several_nodes", marks=pytest.mark.deepspeed),
+    ],
+)
 def test_several_nodes_are_as_many_launchers_that_train_one_model(
-    corpora_root, tmp_path, one_process
+    corpora_root, tmp_path, one_process, file
 ):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -151,7 +158,7 @@ def test_several_nodes_are_as_many_launchers_that_train_one_model(
             subprocess.Popen(
                 [
                     sys.executable,
-                    *launch_words("several_nodes", *options),
+                    *launch_words(file, *options),
                     *words(corpora_root, tmp_path / "run"),
                 ],
                 cwd=tiny.REPOSITORY,
@@ -193,6 +200,26 @@ def test_bf16_trains_on_a_cpu_and_its_losses_are_near_those_of_fp32(
     first, truth = (entries(run, "round")[0] for run in (tmp_path / "run", one_process[1]))
     assert first["loss/total"] != truth["loss/total"]
     assert first["loss/total"] == pytest.approx(truth["loss/total"], rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param("fsdp2", marks=pytest.mark.slow),
+        pytest.param("zero3", marks=pytest.mark.deepspeed),
+    ],
+)
+def test_bf16_on_an_engine_is_autocast_as_on_one_process(
+    corpora_root, tmp_path, one_process, engine
+):
+    run = words(corpora_root, tmp_path / "run")
+    ended = launch(f"{engine}_two_cpu_processes", "--mixed_precision", "bf16", run=run)
+    assert ended.returncode == 0, ended.stderr
+    assert "precision bf16" in ended.stderr
+    found, truth = (entries(run, "round") for run in (tmp_path / "run", one_process[1]))
+    for ours, theirs in zip(found, truth, strict=True):
+        assert ours["loss/total"] != theirs["loss/total"]
+        assert ours["loss/total"] == pytest.approx(theirs["loss/total"], rel=0.03)
 
 
 @pytest.fixture
