@@ -15,7 +15,8 @@ from mtl_dist.corpora import Corpus
 from mtl_dist.corpora.base import SPLITS
 from mtl_dist.models.multitask import MultitaskModel
 from mtl_dist.models.wavenet import WaveNetTrunk, receptive_field
-from mtl_dist.runtime import collect
+from mtl_dist.runtime import World, collect
+from mtl_dist.streams.rounds import RoundStream
 from mtl_dist.tasks import TASKS, Task, TaskContext
 
 
@@ -36,6 +37,22 @@ class Experiment:
     def evaluation_table(self, task: str, split: str) -> datasets.Dataset:
         """Return the rows of a split that a task is evaluated on: those of its first source."""
         return self.corpora[self.tasks[task].config.sources[0]].splits[split]
+
+    def rounds(
+        self, world: World, accumulation: int, first_round: int, positions: dict[str, int]
+    ) -> RoundStream:
+        """Return a rank's rounds after `first_round`; {task: clips consumed before, by all ranks}."""
+        return RoundStream(
+            tasks=self.tasks,
+            tables={name: self.table(name) for name in self.tasks},
+            reader=self.reader,
+            seed=self.config.run.seed,
+            world=world,
+            global_batch=self.config.train.global_batch,
+            accumulation=accumulation,
+            first_round=first_round,
+            positions=positions,
+        )
 
     def build_model(self) -> MultitaskModel:
         """Return a new model; its initial values depend on run.seed and the tasks alone."""

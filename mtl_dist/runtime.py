@@ -106,6 +106,7 @@ def rendezvous_store() -> distributed.Store:
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         is_master=os.environ["RANK"] == "0" and not kept_by_launcher,
+        multi_tenant=True,
     )
     return distributed.PrefixStore(f"attempt_{attempt()}", store)
 

@@ -14,9 +14,11 @@ from accelerate.utils import broadcast_object_list
 
 from mtl_dist.config import ConfigError, load_config
 from mtl_dist.experiment import build_together, plan_rounds, raise_together
+from mtl_dist.phases import Phases
 from mtl_dist.run_folder import RunFolder
-from mtl_dist.runtime import LaunchError, StopRequest, start, world_of
+from mtl_dist.runtime import LaunchError, StopRequest, rendezvous_store, start, world_of
 from mtl_dist.trainer import Trainer, TrainingError
+from mtl_dist.watchdog import Watchdog
 
 
 def run(words: list[str]) -> int:
@@ -24,12 +26,14 @@ def run(words: list[str]) -> int:
     config = load_config(words)
     stop = StopRequest().listen()
     accelerator = start(config.train.mixed_precision, config.run.timeout_seconds)
+    timeout, phases = config.run.timeout_seconds, Phases()
+    watchdog = Watchdog(phases, world_of(accelerator), timeout, rendezvous_store)
     try:
         name = [config.run.dir or time.strftime("runs/%Y%m%d-%H%M%S")]
         folder = RunFolder(Path(broadcast_object_list(name)[0]))
         experiment = build_together(accelerator, config)
         open_together(accelerator, folder, experiment)
-        trainer = Trainer(experiment, accelerator, folder, stop)
+        trainer = Trainer(experiment, accelerator, folder, stop, phases)
         if accelerator.is_main_process:
             describe(accelerator, experiment, trainer)
         try:
@@ -50,6 +54,7 @@ def run(words: list[str]) -> int:
             )
         return 0 if results is not None or stop.signal is None else 128 + stop.signal
     finally:
+        watchdog.close()
         accelerator.end_training()
 
 
