@@ -31,9 +31,13 @@ def train(corpora, run, *more, entry=(ENTRY,), code=0):
 
 
 def entries(run) -> list[dict]:
-    """What metrics.jsonl says of the training."""
+    """What metrics.jsonl says of the training; a stopped run has saved at other times."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(MEASURED)} for line in lines]
+    return [
+        {k: v for k, v in line.items() if not k.startswith(MEASURED)}
+        for line in lines
+        if line["kind"] != "checkpoint"
+    ]
 
 
 def tensors(run, name: str) -> dict[str, torch.Tensor]:
