@@ -15,6 +15,7 @@ from mtl_dist.corpora import Corpus
 from mtl_dist.corpora.base import SPLITS
 from mtl_dist.models.multitask import MultitaskModel
 from mtl_dist.models.wavenet import WaveNetTrunk, receptive_field
+from mtl_dist.phases import Phases
 from mtl_dist.runtime import World, collect
 from mtl_dist.streams.rounds import RoundStream
 from mtl_dist.tasks import TASKS, Task, TaskContext
@@ -104,7 +105,7 @@ def build_experiment(config: Config) -> Experiment:
     return experiment
 
 
-def build_together(accelerator: Accelerator, config: Config) -> Experiment:
+def build_together(accelerator: Accelerator, config: Config, phases: Phases) -> Experiment:
     """Build the experiment on the first process of every node, which may have to make corpora, then on the others."""
     experiment, problem = None, []
     for first in (True, False):
@@ -113,13 +114,15 @@ def build_together(accelerator: Accelerator, config: Config) -> Experiment:
                 experiment = build_experiment(config)
             except ConfigError as error:
                 problem = [str(error)]
-        raise_together(accelerator, problem)
+        raise_together(accelerator, problem, phases)
     return experiment
 
 
-def raise_together(accelerator: Accelerator, problem: list[str]) -> None:
+def raise_together(accelerator: Accelerator, problem: list[str], phases: Phases) -> None:
     """End all ranks if any has a problem, so that none waits for it: rank 0 says it, the others are silent."""
+    phases.enter("collective")
     problem = collect(accelerator, problem)
+    phases.enter("start")
     if problem and not accelerator.is_main_process:
         sys.exit(1)
     if problem:

@@ -126,7 +126,9 @@ class Keeper:
         """
         auto = self.config.run.resume == "auto"
         found = checkpoint.read_newest(self.folder.checkpoints) if auto else None
+        self.phases.enter("collective")
         rounds = collect(self.accelerator, [found[1][2].round if found else 0])
+        self.phases.enter("start")
         if len(set(rounds)) > 1:
             raise ConfigError(
                 f"run.dir: {self.folder.path} is not the same folder on all nodes (rounds {rounds}); put it on a disk that "

@@ -31,8 +31,8 @@ def run(words: list[str]) -> int:
     try:
         name = [config.run.dir or time.strftime("runs/%Y%m%d-%H%M%S")]
         folder = RunFolder(Path(broadcast_object_list(name)[0]))
-        experiment = build_together(accelerator, config)
-        open_together(accelerator, folder, experiment)
+        experiment = build_together(accelerator, config, phases)
+        open_together(accelerator, folder, experiment, phases)
         trainer = Trainer(experiment, accelerator, folder, stop, phases)
         if accelerator.is_main_process:
             describe(accelerator, experiment, trainer)
@@ -58,7 +58,7 @@ def run(words: list[str]) -> int:
         accelerator.end_training()
 
 
-def open_together(accelerator, folder: RunFolder, experiment) -> None:
+def open_together(accelerator, folder: RunFolder, experiment, phases: Phases) -> None:
     """Let rank 0 check the arithmetic of the rounds and claim the run folder."""
     problem: list[str] = []
     if accelerator.is_main_process:
@@ -69,7 +69,7 @@ def open_together(accelerator, folder: RunFolder, experiment) -> None:
             folder.open(config, world_of(accelerator), accelerator.device)
         except ConfigError as error:
             problem = [str(error)]
-    raise_together(accelerator, problem)
+    raise_together(accelerator, problem, phases)
 
 
 def describe(accelerator, experiment, trainer) -> None:

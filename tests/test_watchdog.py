@@ -182,7 +182,8 @@ def hang(corpora, run, rank: int, how: str, round_: int):
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(
-    ("rank", "how", "round_"), [(1, "data", 3), (1, "validation", 4), (0, "frozen", 3)]
+    ("rank", "how", "round_"),
+    [(1, "start", 0), (1, "data", 3), (1, "validation", 4), (0, "frozen", 3)],
 )
 def test_a_run_with_a_hanging_rank_names_it_and_ends(corpora_root, tmp_path, rank, how, round_):
     codes, texts, seconds = hang(corpora_root, tmp_path / "run", rank, how, round_)

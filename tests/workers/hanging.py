@@ -1,6 +1,6 @@
 """Train, and hang for ever on one rank, as a lost disk, a deadlock or a frozen node would have it:
 
-python tests/workers/hanging.py RANK data|validation|frozen ROUND WORDS OF THE ENTRY..."""
+python tests/workers/hanging.py RANK start|data|validation|frozen ROUND WORDS OF THE ENTRY..."""
 
 import os
 import runpy
