@@ -10,6 +10,7 @@ model.safetensors and model.json leave with what a user of the weights needs. Te
 import dataclasses
 import json
 import logging
+import math
 import os
 import shutil
 from pathlib import Path
@@ -41,6 +42,24 @@ class TrainState:
     scaler: dict | None = None
     tables: dict[str, str] = dataclasses.field(default_factory=dict)
     """{corpus: fingerprint of its training clips}: positions mean nothing in other tables."""
+
+    def advance(self, global_batch: int, clips: int, bad: int, skipped: bool) -> None:
+        """Count a round: clips of all tasks and ranks, bad ones among them, whether it was not finite."""
+        self.round += 1
+        for task in self.positions:
+            self.positions[task] += global_batch
+        self.clips += clips
+        self.bad_clips += bad
+        self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if skipped else 0
+
+    def note_validation(self, value: float, higher_is_better: bool) -> None:
+        """Take note of a validation's main metric: a new best, or one more without."""
+        worst = -math.inf if higher_is_better else math.inf
+        value = value if math.isfinite(value) else worst
+        if self.best is None or (value > self.best if higher_is_better else value < self.best):
+            self.best, self.best_round, self.validations_since_best = value, self.round, 0
+        else:
+            self.validations_since_best += 1
 
 
 def folder_name(round_: int) -> str:

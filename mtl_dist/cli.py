@@ -22,6 +22,7 @@ from mtl_dist.corpora.base import SPLITS
 from mtl_dist.doctor import add_doctor
 from mtl_dist.evaluation import Evaluation, evaluate
 from mtl_dist.experiment import Experiment, build_together
+from mtl_dist.phases import Phases
 from mtl_dist.planning import add_plan
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.runtime import LaunchError, start
@@ -64,7 +65,7 @@ def run_evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     config = load_config(["--config", str(path / "config.yaml"), *overrides])
     accelerator = start(config.train.mixed_precision)
     try:
-        experiment = build_together(accelerator, config)
+        experiment = build_together(accelerator, config, Phases())
         model = experiment.build_model().to(accelerator.device)
         check_classes(path, experiment)
         checkpoint.load_weights(path, model)

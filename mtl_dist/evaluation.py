@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from mtl_dist.audio.reading import BadClipError
 from mtl_dist.experiment import Experiment
 from mtl_dist.metrics import Sums
+from mtl_dist.phases import Phases
 from mtl_dist.runtime import collect
 from mtl_dist.streams.keys import generator
 from mtl_dist.streams.rounds import keyed_generators
@@ -104,13 +105,19 @@ def forward(accelerator: Accelerator, model, name: str, batch: TaskBatch) -> tor
 
 @torch.no_grad()
 def evaluate(
-    accelerator: Accelerator, model: torch.nn.Module, experiment: Experiment, split: str
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    experiment: Experiment,
+    split: str,
+    phases: Phases | None = None,
 ) -> Evaluation:
     """Evaluate an unwrapped model on every task's clips of a split; all ranks call it and get the same result."""
+    phases = phases or Phases()
     limit, seed = experiment.config.evaluation.max_clips, experiment.config.data.split_seed
     model.eval()
     result = Evaluation(metrics={}, clips={}, bad=[])
     for name, task in experiment.tasks.items():
+        phases.enter(split)
         table = experiment.evaluation_table(name, split)
         rows = fixed_rows(table, limit, seed)[
             accelerator.process_index :: accelerator.num_processes
@@ -122,6 +129,7 @@ def evaluate(
                 outputs = forward(accelerator, model, name, batch)
                 sums.add(task.metrics(outputs, batch.to(accelerator.device)))
             done += 1
+        phases.enter("collective")
         parts = collect(accelerator, [(sums.sums, done, bad)])
         total = Sums()
         for part, clips, bad_there in parts:

@@ -16,7 +16,9 @@ from mtl_dist.corpora import Corpus
 from mtl_dist.corpora.base import SPLITS
 from mtl_dist.models.multitask import MultitaskModel
 from mtl_dist.models.wavenet import WaveNetTrunk, receptive_field
-from mtl_dist.runtime import collect
+from mtl_dist.phases import Phases
+from mtl_dist.runtime import World, collect
+from mtl_dist.streams.rounds import RoundStream
 from mtl_dist.tasks import TASKS, Task, TaskContext
 
 
@@ -37,6 +39,22 @@ class Experiment:
     def evaluation_table(self, task: str, split: str) -> datasets.Dataset:
         """Return the rows of a split that a task is evaluated on: those of its first source."""
         return self.corpora[self.tasks[task].config.sources[0]].splits[split]
+
+    def rounds(
+        self, world: World, accumulation: int, first_round: int, positions: dict[str, int]
+    ) -> RoundStream:
+        """Return a rank's rounds after `first_round`; {task: clips consumed before, by all ranks}."""
+        return RoundStream(
+            tasks=self.tasks,
+            tables={name: self.table(name) for name in self.tasks},
+            reader=self.reader,
+            seed=self.config.run.seed,
+            world=world,
+            global_batch=self.config.train.global_batch,
+            accumulation=accumulation,
+            first_round=first_round,
+            positions=positions,
+        )
 
     def build_model(self) -> MultitaskModel:
         """Return a new model; its initial values depend on run.seed and the tasks alone."""
@@ -88,7 +106,7 @@ def build_experiment(config: Config) -> Experiment:
     return experiment
 
 
-def build_together(accelerator: Accelerator, config: Config) -> Experiment:
+def build_together(accelerator: Accelerator, config: Config, phases: Phases) -> Experiment:
     """Build the experiment on the first process of every node, which may have to make corpora, then on the others."""
     experiment, problem = None, []
     for first in (True, False):
@@ -97,13 +115,15 @@ def build_together(accelerator: Accelerator, config: Config) -> Experiment:
                 experiment = build_experiment(config)
             except ConfigError as error:
                 problem = [str(error) if accelerator.is_main_process else f"on {node()}: {error}"]
-        raise_together(accelerator, problem)
+        raise_together(accelerator, problem, phases)
     return experiment
 
 
-def raise_together(accelerator: Accelerator, problem: list[str]) -> None:
+def raise_together(accelerator: Accelerator, problem: list[str], phases: Phases) -> None:
     """End all ranks if any has a problem, so that none waits for it: rank 0 says it, the others are silent."""
+    phases.enter("collective")
     problem = collect(accelerator, problem)
+    phases.enter("start")
     if problem and not accelerator.is_main_process:
         sys.exit(1)
     if problem:

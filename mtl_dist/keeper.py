@@ -15,6 +15,7 @@ from mtl_dist.checkpoint import Tensors, TrainState
 from mtl_dist.config import ConfigError
 from mtl_dist.engines import Engine
 from mtl_dist.experiment import Experiment, fingerprint
+from mtl_dist.phases import Phases
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.runtime import collect
 
@@ -24,8 +25,15 @@ log = logging.getLogger("mtl_dist")
 class Keeper:
     """Keeps a run's checkpoints: every rank calls its methods; rank 0 writes, while training goes on."""
 
-    def __init__(self, experiment: Experiment, engine: Engine, folder: RunFolder):
+    def __init__(
+        self,
+        experiment: Experiment,
+        engine: Engine,
+        folder: RunFolder,
+        phases: Phases | None = None,
+    ):
         self.experiment, self.engine, self.folder = experiment, engine, folder
+        self.phases = phases or Phases()
         self.config, self.accelerator = experiment.config, engine.accelerator
         self.tables = {
             f"corpora.{name}": fingerprint(corpus.splits["train"])
@@ -49,6 +57,7 @@ class Keeper:
         """
         began = time.perf_counter()
         self.settle(state)
+        self.phases.enter("checkpoint")
         state.scaler = self.engine.scaler_state()
         weights, moments = self.engine.full_state()
         frozen, job = copy.deepcopy(state), None
@@ -63,7 +72,10 @@ class Keeper:
             return
         frozen, job = self.being_written
         self.being_written = None
-        if all(collect(self.accelerator, [job is None or job.result()])):
+        self.phases.enter("checkpoint")
+        written = job is None or job.result()
+        self.phases.enter("collective")
+        if all(collect(self.accelerator, [written])):
             self.kept_best = (frozen.best, frozen.best_round)
         elif frozen.best_round == frozen.round == state.best_round:
             state.best, state.best_round = self.kept_best
@@ -78,6 +90,7 @@ class Keeper:
             except (SafetensorError, OSError) as error:
                 log.warning("the best checkpoint %s is skipped: %s; the last is used", path, error)
                 model = None
+        self.phases.enter("collective")
         if not all(collect(self.accelerator, [model is not None])):
             return None
         return path, model.to(self.accelerator.device)
@@ -113,7 +126,9 @@ class Keeper:
         """
         auto = self.config.run.resume == "auto"
         found = checkpoint.read_newest(self.folder.checkpoints) if auto else None
+        self.phases.enter("collective")
         rounds = collect(self.accelerator, [found[1][2].round if found else 0])
+        self.phases.enter("start")
         if len(set(rounds)) > 1:
             raise ConfigError(
                 f"run.dir: {self.folder.path} is not the same folder on all nodes (rounds {rounds}); put it on a disk that "

@@ -40,7 +40,9 @@ class Monitor:
         self, folder: RunFolder, config: Config, first_round: int, rounds: int, per_epoch: float
     ):
         self.folder, self.config, self.rounds, self.per_epoch = folder, config, rounds, per_epoch
-        self.writer = SummaryWriter(folder.tensorboard, purge_step=first_round + 1, flush_secs=10)
+        # what was written of rounds that are done again, or of a first start's step 0, does not count
+        purge = first_round + 1 if first_round else 0
+        self.writer = SummaryWriter(folder.tensorboard, purge_step=purge, flush_secs=10)
         self.lines = open(folder.metrics, "a", encoding="utf-8", buffering=1)
         self.terminal = sys.stderr.isatty()
         self.bar: tqdm | None = None
@@ -52,17 +54,22 @@ class Monitor:
             self.writer.add_text("configuration", f"```yaml\n{config.text}\n```", 0)
 
     def _reset_rates(self) -> None:
-        self.since, self.clips, self.audio_seconds, self.wait = time.perf_counter(), 0.0, 0.0, 0.0
+        self.since, self.clips, self.audio_seconds = time.perf_counter(), 0.0, 0.0
         self.rounds_seen = 0
 
-    def round(self, number: int, report: RoundReport, rates: dict[str, float], wait: float) -> None:
-        """Take note of round `number` (counted from 1) and write an entry every train.log_every rounds."""
+    def round(
+        self,
+        number: int,
+        report: RoundReport,
+        rates: dict[str, float],
+        times: dict[str, float] | None,
+    ) -> None:
+        """Take note of round `number` (counted from 1); write an entry if there are `times` since the last one."""
         self.clips += report.clips
         self.audio_seconds += report.audio_seconds
-        self.wait += wait
         self.rounds_seen += 1
         self._progress(number, report)
-        if number % self.config.train.log_every and number != self.rounds:
+        if times is None:
             return
         seconds = max(time.perf_counter() - self.since, 1e-9)
         scalars = {"loss/total": report.total, "grad_norm": report.grad_norm}
@@ -73,9 +80,9 @@ class Monitor:
             "throughput/clips_per_second": self.clips / seconds,
             "throughput/audio_seconds_per_second": self.audio_seconds / seconds,
             "time/seconds_per_round": seconds / self.rounds_seen,
-            "time/data_wait_share": self.wait / seconds,
+            "time/data_wait_share": times["time/data"] * self.rounds_seen / seconds,
         }
-        scalars |= memory()
+        scalars |= times | memory()
         self._write("round", number, scalars)
         self._reset_rates()
 
@@ -125,7 +132,10 @@ class Monitor:
             self.say(f"round {number}: {kind.replace('_', ' ')}: {message}")
 
     def final(self, results: dict[str, dict[str, dict[str, float]]]) -> None:
-        """Write the hyper-parameters with the final metrics."""
+        """Write the hyper-parameters with the final metrics.
+
+        They come a step after the last round: a run that goes on, or ends once more, drops them.
+        """
         flat = {
             f"final/{s}/{t}/{m}": v
             for s, ts in results.items()
@@ -137,7 +147,7 @@ class Monitor:
             for k, v in self.config.hyper_parameters().items()
         }
         with not_worth_a_run("the hyper-parameters"):
-            self.writer.add_hparams(simple, flat, run_name=".", global_step=self.rounds)
+            self.writer.add_hparams(simple, flat, run_name=".", global_step=self.rounds + 1)
 
     def say(self, text: str) -> None:
         """Print a line without breaking the progress bar."""

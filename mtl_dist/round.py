@@ -7,10 +7,12 @@ over all ranks and micro-batches: the same for any split of the same clips and f
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
 from mtl_dist.engines import Engine
+from mtl_dist.phases import Phases
 from mtl_dist.runtime import collect, sum_over_ranks
 from mtl_dist.streams.rounds import MicroBatch, Round
 from mtl_dist.tasks.base import Task, TaskBatch
@@ -49,20 +51,25 @@ def run_round(
     *,
     schedule: str,
     stop: Callable[[], bool] = lambda: False,
+    phases: Phases | None = None,
 ) -> RoundReport:
     """Forward, backward, clip and step; all ranks call it, and skip the step together if a loss is not finite.
 
-    `stop` is asked at the end of the round whether this rank was told to stop; one that was stops all.
+    `stop` is asked at the end of the round whether this rank was told to stop; one that was stops all. `phases` is told
+    what this rank is doing.
     """
     names, accelerator = list(tasks), engine.accelerator
+    phases = phases or Phases()
     counts = [sum(tasks[n].count(m.batch) for m in round_.micro_batches[n]) for n in names]
     extra = [round_.clips, round_.audio_seconds, len(round_.bad)]
+    phases.enter("collective")
     facts = sum_over_ranks(
         accelerator, torch.tensor([*counts, *extra], dtype=torch.float64)
     ).tolist()
     count_of = dict(zip(names, facts, strict=False))
     clips, audio_seconds, bad = facts[len(names) :]
 
+    phases.enter("forward/backward")
     sums = dict.fromkeys(names, 0.0)
     steps = micro_steps(round_, schedule)
     with engine.accumulating():
@@ -71,15 +78,18 @@ def run_round(
             with engine.micro_batch(last=i == len(steps) - 1):
                 with engine.autocast():
                     losses = engine.model(batches)
-                engine.backward(_scaled(losses, tasks, count_of, accelerator.num_processes))
-            for name, (total, _) in losses.items():
-                sums[name] += total.detach().double().cpu()
+                loss = _scaled(losses, tasks, count_of, accelerator.num_processes)
+                _after_own_backward(loss, partial(_add, losses, sums))
+                if i == len(steps) - 1:
+                    _after_own_backward(loss, partial(phases.enter, "collective"))
+                engine.backward(loss)
         ends = torch.tensor([*(sums[n] for n in names), float(stop())], dtype=torch.float64)
         *totals, stops = sum_over_ranks(accelerator, ends).tolist()
         finite = all(map(math.isfinite, totals))
         if not finite:
             engine.spoil()
 
+    phases.enter("optimizer")
     grad_norm, nonfinite = float("nan"), []
     if finite:
         grad_norm, fault = engine.step()
@@ -101,6 +111,18 @@ def run_round(
         stop=stops > 0,
         nonfinite=nonfinite,
     )
+
+
+def _add(losses, sums: dict) -> None:
+    """Add a micro-batch's sums of losses; on a GPU this waits until its forward and backward are done."""
+    for name, (total, _) in losses.items():
+        sums[name] += total.detach().double().cpu()
+
+
+def _after_own_backward(loss: torch.Tensor, call: Callable[[], None]) -> None:
+    """Call when this rank has its gradient of a loss, before DDP waits in the same backward for those of the others."""
+    engine = torch.autograd.Variable._execution_engine
+    loss.register_hook(lambda _: engine.queue_callback(call))
 
 
 def _scaled(losses, tasks: Mapping[str, Task], count_of: Mapping[str, float], ranks: int):

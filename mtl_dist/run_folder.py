@@ -1,4 +1,5 @@
-"""The run folder: config.yaml, environment.json, status.json, metrics.jsonl, tensorboard/, checkpoints/, results.json."""
+"""The run folder: config.yaml, environment.json, status.json, metrics.jsonl, ranks/, tensorboard/, checkpoints/,
+results.json."""
 
 import fcntl
 import importlib.metadata
@@ -40,6 +41,11 @@ class RunFolder:
         self.results = self.path / "results.json"
         self.config = self.path / "config.yaml"
         self.status = self.path / "status.json"
+        self.ranks = self.path / "ranks"
+
+    def rank_file(self, rank: int) -> Path:
+        """Return where a rank of several writes what its phases took."""
+        return self.ranks / f"rank_{rank:05d}.jsonl"
 
     def open(self, config: Config, world: World, device: torch.device) -> None:
         """Claim the folder for a run: called by rank 0 before anything is written.
@@ -92,19 +98,17 @@ class RunFolder:
         except OSError as error:
             log.warning("%s cannot be locked against a second writer: %s", self.path, error)
 
-    def keep_metrics_until(self, round_: int) -> None:
-        """Drop entries of rounds after `round_`, which a resumed run will write again."""
-        if not self.metrics.exists():
-            return
-        lines = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines(keepends=True):
+    def keep_lines_until(self, round_: int) -> None:
+        """Drop what metrics.jsonl and the ranks' files say of rounds after `round_`, which a resumed run will write again.
+
+        A run that starts at its beginning drops everything, also what was known before the first round.
+        """
+        for path in (self.metrics, *self.ranks.glob("rank_*.jsonl")):
             try:
-                if not line.endswith("\n") or json.loads(line)["round"] > round_:
-                    break
-            except ValueError:  # the tail of a file that a crash cut off
-                break
-            lines.append(line)
-        write_atomically(self.metrics, "".join(lines))
+                if path.exists():
+                    keep_lines_until(path, round_ or -1)
+            except OSError as error:
+                log.error("%s: rounds that are done again will be in it twice", error)
 
     def save_status(self, state: str, **facts: object) -> None:
         """Write status.json, for scripts that watch over a run: {"state": state} and `facts`.
@@ -127,6 +131,19 @@ class RunFolder:
             log.warning("%s was damaged and is written anew", self.results)
             merged = {}
         write_atomically(self.results, json.dumps(merged | results, indent=2) + "\n")
+
+
+def keep_lines_until(path: Path, round_: int) -> None:
+    """Drop the lines of a JSON-lines file from the first of a later round on. Raises OSError."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if not line.endswith("\n") or json.loads(line)["round"] > round_:
+                break
+        except ValueError:  # the tail of a file that a crash cut off
+            break
+        lines.append(line)
+    write_atomically(path, "".join(lines))
 
 
 def write_atomically(path: Path, text: str) -> None:

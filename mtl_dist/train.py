@@ -12,17 +12,20 @@ from pathlib import Path
 
 from mtl_dist.config import ConfigError, load_config
 from mtl_dist.experiment import build_together, plan_rounds, raise_together
+from mtl_dist.phases import Phases
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.runtime import (
     LaunchError,
     StopRequest,
     agree_on_folder,
     attempt,
+    rendezvous_store,
     restarts_left,
     start,
     world_of,
 )
 from mtl_dist.trainer import Trainer, TrainingError
+from mtl_dist.watchdog import Watchdog
 
 
 def run(words: list[str]) -> int:
@@ -32,12 +35,14 @@ def run(words: list[str]) -> int:
         config.run.resume = "auto"
     stop = StopRequest().listen()
     accelerator = start(config.train.mixed_precision, config.run.timeout_seconds)
+    timeout, phases = config.run.timeout_seconds, Phases()
+    watchdog = Watchdog(phases, world_of(accelerator), timeout, rendezvous_store)
     try:
         name = config.run.dir or time.strftime("runs/%Y%m%d-%H%M%S")
         folder = RunFolder(Path(agree_on_folder(accelerator, name)))
-        experiment = build_together(accelerator, config)
-        open_together(accelerator, folder, experiment)
-        trainer = Trainer(experiment, accelerator, folder, stop)
+        experiment = build_together(accelerator, config, phases)
+        open_together(accelerator, folder, experiment, phases)
+        trainer = Trainer(experiment, accelerator, folder, stop, phases)
         if accelerator.is_main_process:
             describe(accelerator, experiment, trainer)
         try:
@@ -60,10 +65,11 @@ def run(words: list[str]) -> int:
             return 0  # with restarts left, a launcher would take another code for a failure; status.json says how it is
         return 128 + stop.signal
     finally:
+        watchdog.close()
         accelerator.end_training()
 
 
-def open_together(accelerator, folder: RunFolder, experiment) -> None:
+def open_together(accelerator, folder: RunFolder, experiment, phases: Phases) -> None:
     """Let rank 0 check the arithmetic of the rounds and claim the run folder."""
     problem: list[str] = []
     if accelerator.is_main_process:
@@ -74,7 +80,7 @@ def open_together(accelerator, folder: RunFolder, experiment) -> None:
             folder.open(config, world_of(accelerator), accelerator.device)
         except ConfigError as error:
             problem = [str(error)]
-    raise_together(accelerator, problem)
+    raise_together(accelerator, problem, phases)
 
 
 def describe(accelerator, experiment, trainer) -> None:

@@ -1,9 +1,7 @@
 """The loop: rounds, validation, checkpoints, and when to stop."""
 
 import dataclasses
-import math
 import signal
-import time
 
 from accelerate import Accelerator
 
@@ -13,10 +11,12 @@ from mtl_dist.experiment import Experiment, Plan, plan_rounds
 from mtl_dist.keeper import Keeper
 from mtl_dist.monitor import Monitor
 from mtl_dist.optim import make_optimizer, schedules, set_learning_rates
+from mtl_dist.phases import Phases
 from mtl_dist.round import RoundReport, run_round
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.runtime import StopRequest, precision_asked_for, world_of
-from mtl_dist.streams.rounds import RoundStream, make_loader
+from mtl_dist.stragglers import Stragglers
+from mtl_dist.streams.rounds import make_loader
 from mtl_dist.tables import results_table
 
 
@@ -28,9 +28,15 @@ class Trainer:
     """One run of one experiment on one process of a world."""
 
     def __init__(
-        self, experiment: Experiment, accelerator: Accelerator, folder: RunFolder, stop: StopRequest
+        self,
+        experiment: Experiment,
+        accelerator: Accelerator,
+        folder: RunFolder,
+        stop: StopRequest,
+        phases: Phases | None = None,
     ):
         self.experiment, self.accelerator = experiment, accelerator
+        self.phases = phases or Phases()
         self.config, self.folder, self.stop = experiment.config, folder, stop
         self.main_clips = len(experiment.table(self.config.train.main_task))
         self.plan: Plan = plan_rounds(self.config, self.main_clips, accelerator.num_processes)
@@ -44,8 +50,9 @@ class Trainer:
             clip_norm=self.config.optim.clip_norm,
             precision=precision_asked_for(self.config.train.mixed_precision),
         )
-        self.keeper = Keeper(experiment, self.engine, folder)
+        self.keeper = Keeper(experiment, self.engine, folder, self.phases)
         self.state = self.keeper.resume_or_start()
+        self.stragglers = Stragglers(accelerator, self.phases, folder, self.state.round)
         self.before = dataclasses.replace(self.state)  # bad files mended since then are forgiven
         self.is_main = accelerator.is_main_process
         metric, self.higher_is_better = experiment.tasks[self.config.train.main_task].best_metric
@@ -53,12 +60,12 @@ class Trainer:
         self.monitor: Monitor | None = None
         if self.is_main:
             self.save_status("running")
-            folder.keep_metrics_until(self.state.round)
+            folder.keep_lines_until(self.state.round)
             self.monitor = Monitor(
                 folder, self.config, self.state.round, self.plan.rounds, self.plan.rounds_per_epoch
             )
             missing = [p for c in experiment.corpora.values() for p in c.all_missing()]
-            if missing:
+            if missing and self.state.round == 0:
                 self.monitor.note(self.state.round, "missing_files", missing, len(missing))
 
     def train(self) -> dict[str, dict[str, dict[str, float]]] | None:
@@ -96,10 +103,9 @@ class Trainer:
 
     def _one_round(self, rounds) -> RoundReport:
         """Take the next round from the loader, step, and count it."""
-        began = time.perf_counter()
+        self.phases.enter("data", self.state.round + 1)
         round_ = next(rounds)
         assert round_.number == self.state.round, "the loader yields the rounds in order"
-        waited = time.perf_counter() - began
         rates = set_learning_rates(self.engine.inner_optimizer, self.rates, self.epoch())
         report = run_round(
             self.engine,
@@ -107,10 +113,15 @@ class Trainer:
             round_,
             schedule=self.config.train.schedule,
             stop=lambda: self.stop.signal is not None,
+            phases=self.phases,
         )
-        self._advance(report)
+        self.phases.enter("reporting")
+        batch, skipped = self.config.train.global_batch, bool(report.nonfinite)
+        self.state.advance(batch, int(report.clips), len(report.bad), skipped)
+        due = self._due(self.config.train.log_every)
+        times = self.stragglers.compare(self.state.round) if due else None
         if self.monitor is not None:
-            self.monitor.round(self.state.round, report, rates, waited)
+            self.monitor.round(self.state.round, report, rates, times)
         return report
 
     def _patient(self) -> bool:
@@ -141,16 +152,11 @@ class Trainer:
             self.monitor.say(text)
 
     def _loader(self):
-        stream = RoundStream(
-            tasks=self.experiment.tasks,
-            tables={name: self.experiment.table(name) for name in self.experiment.tasks},
-            reader=self.experiment.reader,
-            seed=self.config.run.seed,
-            world=world_of(self.accelerator),
-            global_batch=self.config.train.global_batch,
-            accumulation=self.plan.accumulation,
-            first_round=self.state.round,
-            positions=self.state.positions,
+        stream = self.experiment.rounds(
+            world_of(self.accelerator),
+            self.plan.accumulation,
+            self.state.round,
+            self.state.positions,
         )
         return make_loader(stream, self.config.data.workers, self.accelerator.device.type == "cuda")
 
@@ -158,15 +164,6 @@ class Trainer:
         return self.state.round == self.plan.rounds or (
             bool(every) and self.state.round % every == 0
         )
-
-    def _advance(self, report: RoundReport) -> None:
-        state = self.state
-        state.round += 1
-        for name in state.positions:
-            state.positions[name] += self.config.train.global_batch
-        state.clips += int(report.clips)
-        state.bad_clips += len(report.bad)
-        state.nonfinite_in_a_row = state.nonfinite_in_a_row + 1 if report.nonfinite else 0
 
     def _watch(self, report: RoundReport) -> None:
         """Report bad files and skipped rounds; when there are too many, save and end the run on all ranks."""
@@ -202,14 +199,16 @@ class Trainer:
 
     def _evaluate(self, model, split: str) -> Evaluation:
         with self.engine.autocast():
-            return evaluate(self.accelerator, model, self.experiment, split)
+            return evaluate(self.accelerator, model, self.experiment, split, self.phases)
 
     def _validate(self) -> None:
+        self.phases.enter("validation")
         model = self.engine.plain_model()
         result = self._evaluate(model, "validation")
+        self.phases.enter("reporting")
         measured = result.metrics[self.config.train.main_task].get(self.best_metric)
         if measured is not None:
-            self._note_best(float(measured))
+            self.state.note_validation(float(measured), self.higher_is_better)
         if self.monitor is not None:
             classes = {
                 n: t.class_names() for n, t in self.experiment.tasks.items() if t.class_names()
@@ -220,19 +219,9 @@ class Trainer:
             shown = examples(self.accelerator, model, self.experiment, "validation", several)
             for task, place, waves in shown:
                 self.monitor.example(number, task, place, waves, self.experiment.reader.rate)
+        self.phases.enter("collective")
         self.accelerator.wait_for_everyone()
         self._end_if(result.too_many_bad(self.config.data.max_bad_share))
-
-    def _note_best(self, value: float) -> None:
-        """Take note of a validation's main metric: a new best, or one more without."""
-        state, worst = self.state, -math.inf if self.higher_is_better else math.inf
-        value = value if math.isfinite(value) else worst
-        if state.best is None or (
-            value > state.best if self.higher_is_better else value < state.best
-        ):
-            state.best, state.best_round, state.validations_since_best = value, state.round, 0
-        else:
-            state.validations_since_best += 1
 
     def _finish(self) -> dict[str, dict[str, dict[str, float]]]:
         """Evaluate the best or the last checkpoint, write results.json and the final table."""
@@ -240,6 +229,7 @@ class Trainer:
         best = self.keeper.best_model() if self.config.evaluation.checkpoint == "best" else None
         scored, model = best or (None, self.engine.plain_model())
         results = {split: self._evaluate(model, split) for split in ("validation", "test")}
+        self.phases.enter("reporting")
         numbers = {split: result.numbers() for split, result in results.items()}
         if self.is_main:
             self.monitor.final(numbers)
@@ -249,7 +239,10 @@ class Trainer:
             self._write_results(numbers)
             if results["test"].bad:
                 bad = results["test"].bad
-                self.monitor.trouble(self.state.round, "bad_files_in_test", bad, len(bad))
+                after = (
+                    self.state.round + 1
+                )  # like the final metrics: dropped when a run ends again
+                self.monitor.trouble(after, "bad_files_in_test", bad, len(bad))
         problem = results["test"].too_many_bad(self.config.data.max_bad_share)
         if problem is not None:
             raise TrainingError(f"the test results are not to be trusted: {problem}")

@@ -16,6 +16,8 @@ from mtl_dist.monitor import Monitor
 from mtl_dist.round import RoundReport
 from mtl_dist.run_folder import RunFolder
 
+TIMES = {"time/data": 0.01, "time/slowest_rank": 3}
+
 
 class Terminal(io.StringIO):
     def isatty(self):
@@ -52,7 +54,7 @@ def make_monitor(tmp_path, corpora_root):
 
 def train(monitor, first: int, last: int, loss: float) -> None:
     for number in range(first, last + 1):
-        monitor.round(number, report(loss), {"trunk": 1e-3}, wait=0.01)
+        monitor.round(number, report(loss), {"trunk": 1e-3}, TIMES)
     monitor.close()
 
 
@@ -75,6 +77,7 @@ def test_tensorboard_and_metrics_jsonl_hold_the_same_numbers(make_monitor):
         "throughput/clips_per_second",
         "throughput/audio_seconds_per_second",
         "time/data_wait_share",
+        *TIMES,
         "memory/process_gib",
     }
     assert wanted <= tags == set(scalars.Tags()["scalars"])
@@ -89,6 +92,29 @@ def test_curves_of_a_resumed_run_do_not_overlap(make_monitor):
     train(resumed, 4, 6, loss=1.0)
     points = [(point.step, point.value) for point in events(resumed).Scalars("loss/audio_tagging")]
     assert points == [(1, 2.0), (2, 2.0), (3, 2.0), (4, 1.0), (5, 1.0), (6, 1.0)]
+
+
+def test_a_run_that_starts_at_its_beginning_again_leaves_nothing_of_its_first_start(make_monitor):
+    first = make_monitor()
+    first.note(0, "missing_files", ["a.wav"], 1)
+    train(first, 1, 2, loss=2.0)
+    again = make_monitor()
+    again.note(0, "missing_files", ["a.wav"], 1)
+    train(again, 1, 1, loss=1.0)
+    scalars = events(again)
+    assert [point.step for point in scalars.Scalars("data/missing_files")] == [0]
+    assert [(p.step, p.value) for p in scalars.Scalars("loss/audio_tagging")] == [(1, 1.0)]
+
+
+def test_between_two_entries_rounds_are_counted_but_not_written(make_monitor):
+    monitor = make_monitor()
+    monitor.round(1, report(2.0), {}, None)
+    assert monitor.folder.metrics.read_text() == ""
+    monitor.round(2, report(2.0), {}, TIMES)
+    (entry,) = map(json.loads, monitor.folder.metrics.read_text().splitlines())
+    seconds = 8 * 2 / entry["throughput/clips_per_second"]
+    assert entry["time/seconds_per_round"] == pytest.approx(seconds / 2)
+    assert entry["time/data_wait_share"] == pytest.approx(0.01 * 2 / seconds)
 
 
 def test_a_terminal_gets_a_bar_per_epoch_with_loss_and_validation(make_monitor, monkeypatch):
@@ -162,7 +188,7 @@ def test_a_full_disk_is_reported_and_training_goes_on(make_monitor, monkeypatch,
 
     for name in ("add_scalar", "add_text", "add_audio", "add_figure", "add_hparams"):
         monkeypatch.setattr(monitor.writer, name, full)
-    monitor.round(1, report(1.0), {"trunk": 1e-3}, wait=0.01)
+    monitor.round(1, report(1.0), {"trunk": 1e-3}, TIMES)
     monitor.trouble(1, "bad_files", ["a.wav: empty"], 1)
     monitor.example(1, "upsampling", 0, {"1 input": torch.zeros(4000)}, 16_000)
     monitor.final({"test": {"audio_tagging": {"map@3": 0.5}}})

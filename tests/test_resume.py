@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ENTRY = "mtl_dist/train.py"
@@ -30,9 +31,13 @@ def train(corpora, run, *more, entry=(ENTRY,), code=0):
 
 
 def entries(run) -> list[dict]:
-    """What metrics.jsonl says of the training."""
+    """What metrics.jsonl says of the training; a stopped run has saved at other times."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(MEASURED)} for line in lines]
+    return [
+        {k: v for k, v in line.items() if not k.startswith(MEASURED)}
+        for line in lines
+        if line["kind"] != "checkpoint"
+    ]
 
 
 def tensors(run, name: str) -> dict[str, torch.Tensor]:
@@ -47,7 +52,26 @@ def status(run) -> dict:
     return json.loads((run / "status.json").read_text())
 
 
+def curves(run, **options) -> dict[str, list[tuple[int, float]]]:
+    """{tag: [(step, value)]} as TensorBoard reads them."""
+    folder = str(run / "tensorboard")
+    found = EventAccumulator(folder, size_guidance={"scalars": 0}, **options).Reload()
+    return {t: [(p.step, p.value) for p in found.Scalars(t)] for t in found.Tags()["scalars"]}
+
+
+def assert_each_step_once(run, whole) -> None:
+    ours, theirs = curves(run), curves(whole)
+    assert set(ours) == set(theirs)
+    for tag, points in ours.items():
+        steps = [step for step, _ in points]
+        assert steps == sorted(set(steps)), tag
+        if not tag.startswith(MEASURED):
+            assert points == theirs[tag], tag
+    assert [step for step, _ in ours["loss/total"]] == list(range(1, 13))
+
+
 def assert_the_same_run(run, whole) -> None:
+    assert_each_step_once(run, whole)
     for name in ("model", "optimizer"):
         ours, theirs = tensors(run, name), tensors(whole, name)
         assert set(ours) == set(theirs)
@@ -126,8 +150,16 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_and_equals_the_run_in_one
     entry = ("tests/workers/interrupted.py", "SIGKILL", "7")
     run = train(corpora_root, tmp_path / "run", entry=entry, code=-9)
     assert max(entry["round"] for entry in entries(run)) == 7
+    assert max(step for step, _ in curves(run)["loss/total"]) == 7
     assert status(run) == {"state": "running", "round": 4, "rounds": 12, "signal": None}
     assert [p.name for p in (run / "checkpoints").glob("round_*")] == ["round_00000004"]
+    assert_the_same_run(train(corpora_root, run), whole)
+    everything = curves(run, purge_orphaned_data=False)["loss/total"]
+    assert [step for step, _ in everything] == [*range(1, 8), *range(5, 13)]
+
+
+def test_a_finished_run_that_is_started_again_says_everything_once(corpora_root, whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
     assert_the_same_run(train(corpora_root, run), whole)
 
 

@@ -1,10 +1,13 @@
 """Whose run folder it is: refused where it cannot be written, is another run's, or not a run's at all."""
 
+import errno
 import os
 
 import pytest
 import yaml
 from entry import enter, entries, refused, tagging_words
+
+from mtl_dist.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,31 @@ def test_a_resumed_run_goes_on_and_its_length_may_change(finished):
     assert ended.code == 0, ended.text
     assert f"goes on from {run / 'checkpoints' / 'round_00000001'} (round 1)" in ended.text
     assert [entry["round"] for entry in entries(run, "round")] == [1, 2, 3]
+
+
+def test_lines_of_rounds_that_are_done_again_are_dropped_from_every_file(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.ranks.mkdir()
+    files = [folder.metrics, folder.rank_file(0), folder.rank_file(12)]
+    for path in files:
+        path.write_text("".join(f'{{"round": {n}}}\n' for n in (0, 1, 3, 4, 5)) + '{"round": 2')
+    folder.keep_lines_until(3)
+    for path in files:
+        assert path.read_text() == '{"round": 0}\n{"round": 1}\n{"round": 3}\n'
+    folder.keep_lines_until(0)
+    assert [path.read_text() for path in files] == [""] * 3, "as of a run that never began"
+
+
+def test_a_full_disk_at_a_resume_is_reported(tmp_path, monkeypatch, caplog):
+    folder = RunFolder(tmp_path)
+    folder.metrics.write_text('{"round": 1}\n')
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, f"{path} could not be written")
+
+    monkeypatch.setattr("mtl_dist.run_folder.write_atomically", full)
+    folder.keep_lines_until(1)
+    assert "metrics.jsonl could not be written" in caplog.text
 
 
 @pytest.mark.parametrize("resume", ["no", "auto"])

@@ -19,6 +19,7 @@ def interrupted(self, number, *arguments):
     """Note the round as always, then signal this process and its children."""
     take_note(self, number, *arguments)
     if number == ROUND:
+        self.writer.flush()  # TensorBoard's file is further than the last checkpoint
         os.killpg(os.getpgrp(), getattr(signal, NAME))
 
 
