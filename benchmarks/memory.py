@@ -4,9 +4,9 @@
     python benchmarks/memory.py build/memory FSDP2 ZeRO-3
 
 The model is the trunk of the recipe `large` with one head, in fp32; two rounds are made on 8 clips of up to 60 made-up
-samples, so that activations are small. Parameters and Adam (with DeepSpeed's own fp32 copy) are counted by storages of tensors, after the
-second round; resident is what the process has grown by then, and at most during the round; copy is what the whole model for
-an evaluation adds, where the engine needs one. What was measured before is not measured again.
+samples, so that activations are small. Parameters and Adam (with DeepSpeed's own fp32 copy) are counted by storages of
+tensors, after the second round; resident is what the process has grown by then, and at most during the round; copy is what
+the whole model for an evaluation adds, where the engine needs one. What was measured before is not measured again.
 """
 
 import json

@@ -100,7 +100,7 @@ def _memory_rows(facts: dict, case: Case) -> list[tuple[str, str, str]]:
         what: f"1/{case.ranks} of them" if what in shards else "whole on every rank"
         for what in ("parameters", "optimizer")
     } | {
-        "gradients": "with buckets; whole until they are reduced, once a round",
+        "gradients": "buckets included; whole until they are reduced, once a round",
         "gathered": "parameters that are whole for the moment",
         "activations": f"forward and backward of {facts['micro_batch']} clips, followed on one",
     }

@@ -116,7 +116,6 @@ def test_an_evaluation_counts_where_it_needs_more_than_training(capsys):
     kept = facts["memory"]["parameters"] + facts["memory"]["optimizer"]
     training = sum(facts["memory"].values())
     assert facts["memory_bytes"] == max(training, kept + facts["evaluation_bytes"])
-    print(training, facts)
     assert facts["memory_bytes"] > training
 
 
