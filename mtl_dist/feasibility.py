@@ -6,9 +6,10 @@ Tested by tests/test_planning.py.
 import dataclasses
 
 from mtl_dist import footprint
+from mtl_dist.activations import Activations, activation_bytes
 from mtl_dist.config import Config, ConfigError
 from mtl_dist.experiment import Plan, plan_rounds
-from mtl_dist.footprint import ENGINES, Activations, ModelSize
+from mtl_dist.footprint import ENGINES, ModelSize
 
 USABLE = 0.9
 """Share of a device's memory that a plan may fill: the rest is for the CUDA context, NCCL and what the allocator loses."""
@@ -55,12 +56,18 @@ class Case:
         train, steps = self.config.train, self.micro_steps()
         state = footprint.state_bytes(self.size, self.engine, self.precision, self.ranks, steps)
         micro = self.rounds().micro_batch
-        held = footprint.activation_bytes(self.activations, train.schedule, micro)
+        held = activation_bytes(self.activations, train.schedule, micro)
         return state | {"activations": held}
+
+    def memory_total(self) -> int:
+        """Return the most bytes of a rank's device: in training, or in evaluation, with a copy instead of gradients."""
+        needed = self.memory_needed()
+        kept = needed["parameters"] + needed["optimizer"]
+        return max(sum(needed.values()), kept + footprint.evaluation_bytes(self.size, self.engine))
 
     def fits(self) -> bool:
         """Whether a rank's device can hold it."""
-        return sum(self.memory_needed().values()) <= USABLE * self.memory
+        return self.memory_total() <= USABLE * self.memory
 
     def with_smaller_batches(self) -> "Case | None":
         """Return the case with the largest micro-batch that divides and fits, if there is one."""
@@ -105,7 +112,7 @@ def memory_problem(case: Case) -> str | None:
         for schedule in schedules
     )
     better = next((other for other in tried if other is not None), None)
-    need, have = sum(case.memory_needed().values()), case.memory
+    need, have = case.memory_total(), case.memory
     usable = f"{USABLE:.0%} of which may be used"
     problem = (
         f"memory: a rank needs {size_text(need)}, and its device has {size_text(have)}, {usable}"
@@ -115,9 +122,7 @@ def memory_problem(case: Case) -> str | None:
             f"{problem}; no engine with a train.micro_batch of 1 fits either: use devices with more memory, more ranks for "
             "fsdp2 or zero3, shorter data.crop_seconds or a smaller model"
         )
-    return (
-        f"{problem}; use {_how(case, better)} ({size_text(sum(better.memory_needed().values()))})"
-    )
+    return f"{problem}; use {_how(case, better)} ({size_text(better.memory_total())})"
 
 
 def _how(case: Case, better: Case) -> str:

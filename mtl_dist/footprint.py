@@ -1,20 +1,16 @@
-"""What a run takes, in bytes: memory of a rank, the wire, a checkpoint, the loaders. Arithmetic, and one measurement.
+"""What a run takes, in bytes: memory of a rank, the wire, a checkpoint, the loaders. activations.py measures the rest.
 
-P is the number of parameters, n the number of ranks. Sources: ZeRO (Rajbhandari et al. 2020, sections 3, 5 and 7) for what
-each engine keeps and sends; NCCL tests' PERFORMANCE.md for the factors of a ring. Tested by tests/test_planning.py.
+Sources: the engines as mtl_dist/engines sets them up, in torch 2.13 and DeepSpeed 0.19, for what each keeps and sends; NCCL
+tests' PERFORMANCE.md for the factors of a ring. Tested by tests/test_planning.py, and against the engines themselves by
+tests/test_held_memory.py.
 """
 
-import contextlib
 import dataclasses
 import math
-import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from mtl_dist.audio.clips import Clip
 from mtl_dist.models.multitask import MultitaskModel
@@ -24,36 +20,29 @@ from mtl_dist.tasks.base import Task, TaskBatch
 PREFETCHED_ROUNDS = 2
 """Rounds that a loader's worker prepares ahead (streams/rounds.py)."""
 ZERO3_LIVE_PARAMETERS = 10**9
-"""DeepSpeed's stage3_max_live_parameters and stage3_max_reuse_distance: fewer stay gathered once they are."""
+"""DeepSpeed's stage3_max_live_parameters and stage3_max_reuse_distance: fewer stay gathered from forward to backward."""
+ZERO3_PERSISTENT = 10**5
+"""DeepSpeed's stage3_param_persistence_threshold: parameters of so few elements stay whole, beside their shards."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """What a data-parallel engine splits over the ranks.
+    """What an engine of mtl_dist/engines keeps in shards between rounds; parameters are fp32 with all of them.
 
-    `master`: DeepSpeed's parameters and gradients are of the working precision, beside an fp32 copy of the parameters that
-    belongs to the optimizer (ZeRO, section 3.1). DDP and FSDP2 keep fp32 parameters and cast them in the forward.
+    `deepspeed`: Adam steps fp32 shards of its own beside the parameters, and gradients travel in the working precision.
     """
 
     shards: frozenset[str]
-    master: bool
+    deepspeed: bool
 
 
 ENGINES = {
-    "ddp": Engine(frozenset(), master=False),
-    "fsdp2": Engine(frozenset({"optimizer", "gradients", "parameters"}), master=False),
-    "zero1": Engine(frozenset({"optimizer"}), master=True),
-    "zero2": Engine(frozenset({"optimizer", "gradients"}), master=True),
-    "zero3": Engine(frozenset({"optimizer", "gradients", "parameters"}), master=True),
+    "ddp": Engine(frozenset(), deepspeed=False),
+    "fsdp2": Engine(frozenset({"parameters", "optimizer"}), deepspeed=False),
+    "zero1": Engine(frozenset({"optimizer"}), deepspeed=True),
+    "zero2": Engine(frozenset({"optimizer"}), deepspeed=True),
+    "zero3": Engine(frozenset({"parameters", "optimizer"}), deepspeed=True),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Activations:
-    """What forward and backward of a task hold at their fullest: `constant` bytes, and `per_clip` for every clip."""
-
-    constant: int
-    per_clip: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +56,11 @@ class ModelSize:
     def elements(self) -> int:
         """Number of parameters P."""
         return sum(shape.numel() for shape in self.shapes)
+
+    @property
+    def persistent(self) -> int:
+        """Number of elements that ZeRO-3 keeps whole."""
+        return sum(s.numel() for s in self.shapes if s.numel() <= ZERO3_PERSISTENT)
 
 
 def size_of(model: MultitaskModel) -> ModelSize:
@@ -95,26 +89,40 @@ def state_bytes(
 ) -> dict[str, int]:
     """Return {what: bytes} that a rank holds besides activations: parameters, gradients, optimizer, gathered.
 
-    Gradients are reduced once a round, so from the second micro-step on each rank keeps all of them until then, whatever the
-    engine shards (FSDP2 without gradient sync, DeepSpeed's coalesce_grad_reduction). DDP's buckets are a second copy.
+    Gradients are reduced once a round. Until then a rank keeps its own of all parameters, whatever the engine shards: under
+    DeepSpeed always (coalesce_grad_reduction), under FSDP2 from the second micro-step on (without gradient sync). DDP's and
+    DeepSpeed's buckets are a second copy; ZeRO-3 also keeps room for the reduced shards.
     `gathered` are the parameters that are whole for the moment: of FSDP2 one unit and the next, which is fetched ahead.
     """
-    kind, total, half = ENGINES[engine], size.elements, precision != "no"
+    kind, total = ENGINES[engine], size.elements
+    working = 4 if precision == "no" else 2
     shard = shard_elements(size, engine, ranks)
-    working = 2 if kind.master and half else 4
-    reduced = shard if "gradients" in kind.shards else total
-    gradients = total if micro_steps > 1 else reduced
-    buckets = total if engine == "ddp" and ranks > 1 else 0
-    gathered = 0
-    if "parameters" in kind.shards and ranks > 1:
-        units = min(total, 2 * size.largest_unit) * (2 if half else 4)
-        gathered = units if engine == "fsdp2" else min(total, ZERO3_LIVE_PARAMETERS) * working
+    parameters, gathered = total, 0
+    if "parameters" in kind.shards:
+        parameters = shard
+        units = min(total, 2 * size.largest_unit)
+        gathered = working * units if ranks > 1 else 0
+    gradients = 4 * (shard if engine == "fsdp2" and micro_steps == 1 else total)
+    if engine == "ddp" and ranks > 1:
+        gradients += 4 * total
+    if kind.deepspeed:
+        gradients += working * total
+    if engine == "zero3":
+        parameters += size.persistent
+        gathered = working * min(total, ZERO3_LIVE_PARAMETERS)
+        gradients += 4 * shard
+    adam = (12 if kind.deepspeed else 8) * (shard if "optimizer" in kind.shards else total)
     return {
-        "parameters": working * (shard if "parameters" in kind.shards else total),
-        "gradients": working * (gradients + buckets),
-        "optimizer": (12 if kind.master else 8) * (shard if "optimizer" in kind.shards else total),
+        "parameters": 4 * parameters,
+        "gradients": gradients,
+        "optimizer": adam,
         "gathered": gathered,
     }
+
+
+def evaluation_bytes(size: ModelSize, engine: str) -> int:
+    """Return the bytes of the whole model that evaluation makes on every rank where parameters are in shards."""
+    return 4 * size.elements if "parameters" in ENGINES[engine].shards else 0
 
 
 def wire_bytes(
@@ -123,18 +131,25 @@ def wire_bytes(
     """Return {collective: bytes} that a rank sends in a round.
 
     In a ring of n ranks a reduce-scatter or an all-gather of S bytes sends (n - 1)/n S and an all-reduce, which is both,
-    2 (n - 1)/n S (PERFORMANCE.md). DDP: one all-reduce of the gradients. ZeRO-1 and 2: they are scattered, the new
-    parameters gathered: the same volume (ZeRO, section 7.2.1). FSDP2 and ZeRO-3: parameters are gathered for every forward
-    and again for every backward, gradients scattered once a round (section 7.2.2, with several micro-steps).
+    2 (n - 1)/n S (PERFORMANCE.md). DDP: one all-reduce of the gradients in fp32. ZeRO-1 and 2: one in the working precision
+    (DeepSpeed's get_comm_dtype under torch_autocast), of which each rank keeps its shard, and the new fp32 parameters are
+    gathered. FSDP2: parameters are gathered for every forward and again for every backward, in the working precision;
+    gradients are scattered once a round in fp32. ZeRO-3: gathered once for both if there are few enough, the persistent
+    ones once a round in fp32; gradients are scattered in the working precision.
     """
-    kind, half, ring = ENGINES[engine], precision != "no", (ranks - 1) / ranks
-    working = 2 if half and engine != "ddp" else 4
-    gradients = size.elements * (working if kind.master else 4)
-    gathers = 2 * micro_steps if "parameters" in kind.shards else 1
-    parts = {"all-reduce": 2 * gradients} if engine == "ddp" else {}
-    if engine != "ddp":
-        parts = {"reduce-scatter": gradients, "all-gather": gathers * working * size.elements}
-    return {name: round(ring * sent) for name, sent in parts.items()}
+    total, working = size.elements, 4 if precision == "no" else 2
+    if engine == "ddp":
+        parts = {"all-reduce": 8 * total}
+    elif engine == "fsdp2":
+        parts = {"reduce-scatter": 4 * total, "all-gather": 2 * micro_steps * working * total}
+    elif engine == "zero3":
+        moving = size.elements - size.persistent
+        passes = micro_steps * (1 if total <= ZERO3_LIVE_PARAMETERS else 2)
+        gathers = working * passes * moving + 4 * size.persistent
+        parts = {"reduce-scatter": working * total, "all-gather": gathers}
+    else:
+        parts = {"all-reduce": 2 * working * total, "all-gather": 4 * total}
+    return {name: round((ranks - 1) / ranks * sent) for name, sent in parts.items()}
 
 
 def checkpoint_bytes(size: ModelSize) -> int:
@@ -159,74 +174,3 @@ def round_bytes(tasks: Mapping[str, Task], share: int) -> int:
 def loader_shared_memory(bytes_of_round: int, workers: int) -> int:
     """Return what a rank's loader takes of /dev/shm: the rounds ahead of all workers, and the one in use."""
     return (PREFETCHED_ROUNDS * workers + 1) * bytes_of_round if workers else 0
-
-
-def pretended() -> FakeTensorMode:
-    """Return a context in which tensors have shapes and types and no numbers, and every operation runs without computing.
-
-    Autograd and autocast are the real ones, so what is held and for how long is that of a real forward and backward.
-    """
-    return FakeTensorMode(allow_non_fake_inputs=True)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Follows the bytes of the storages that operations make while it is in force; `peak` is the most that lived at once.
-
-    Storages of `known` tensors are left out, and so is what a kernel takes and gives back within itself.
-    """
-
-    def __init__(self, known: Iterable[torch.Tensor]):
-        super().__init__()
-        self.known = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                self._follow(leaf.untyped_storage())
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        if storage not in self.known:
-            self.known.add(storage)
-            self.now += storage.nbytes()
-            weakref.finalize(storage, self._freed, storage.nbytes())
-
-    def _freed(self, count: int) -> None:
-        self.now -= count
-
-
-def peak_bytes(model: MultitaskModel, batches: Mapping[str, TaskBatch], precision: str) -> int:
-    """Return the most bytes that one forward and backward hold at once beside parameters and gradients.
-
-    In half precision under autocast to bf16, whose copies of the weights count too; fp16 takes as many bytes.
-    """
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    known = [*model.parameters(), *(p.grad for p in model.parameters())]
-    half = precision != "no"
-    with LiveBytes(known) as live:
-        with torch.autocast("cpu", torch.bfloat16) if half else contextlib.nullcontext():
-            losses = model(batches)
-        sum(total for total, _ in losses.values()).backward()
-    model.zero_grad(set_to_none=True)
-    return live.peak
-
-
-def measure_activations(model: MultitaskModel, task: Task, precision: str) -> Activations:
-    """Follow a task's forward and backward of one clip and of two: the difference is a clip's, the rest is constant.
-
-    Called with a model built in `pretended()`, it takes seconds and no memory for a model of any size.
-    """
-    one, two = (
-        peak_bytes(model, {task.name: batch_of(task, clips)}, precision) for clips in (1, 2)
-    )
-    return Activations(constant=one - (two - one), per_clip=two - one)
-
-
-def activation_bytes(measured: Mapping[str, Activations], schedule: str, micro_batch: int) -> int:
-    """Return what the fullest micro-step holds: the largest task's for round_robin, all tasks' for joint."""
-    each = [task.constant + micro_batch * task.per_clip for task in measured.values()]
-    return sum(each) if schedule == "joint" else max(each)

@@ -2,7 +2,8 @@
 
     mtl-dist plan --config paper --nodes 2 --gpus-per-node 8 --clips 8526        without the corpora
 
-The bytes come from footprint.py, whether they fit from feasibility.py. Tested by tests/test_planning.py.
+The bytes come from footprint.py, whether they fit from feasibility.py, the text from plan_table.py. Tested by
+tests/test_planning.py.
 """
 
 import argparse
@@ -11,20 +12,14 @@ import json
 import sys
 
 from mtl_dist import footprint
+from mtl_dist.activations import measure_activations, pretended
 from mtl_dist.config import Config, ConfigError, load_config
 from mtl_dist.corpora import Corpus
 from mtl_dist.corpora.base import make_corpus
 from mtl_dist.experiment import Experiment, build_experiment
-from mtl_dist.feasibility import (
-    USABLE,
-    Case,
-    divides,
-    division_problem,
-    memory_problem,
-    size_text,
-)
+from mtl_dist.feasibility import Case, divides, division_problem, memory_problem
 from mtl_dist.footprint import ENGINES
-from mtl_dist.tables import format_rows
+from mtl_dist.plan_table import table
 
 FSD_CLASSES = 41
 
@@ -88,136 +83,12 @@ def figures(case: Case, experiment: Experiment, rows: dict[str, int]) -> dict[st
         "loaders_shared_memory_bytes": case.per_node
         * footprint.loader_shared_memory(round_bytes, workers),
         "memory": needed,
-        "memory_bytes": sum(needed.values()),
+        "memory_bytes": case.memory_total(),
+        "evaluation_bytes": footprint.evaluation_bytes(case.size, case.engine),
         "wire": wire,
         "wire_bytes_per_rank": sum(wire.values()),
         "wire_bytes_leaving_node": sum(wire.values()) if case.nodes > 1 else 0,
     }
-
-
-def table(facts: dict, case: Case) -> str:
-    """Return a plan's numbers as aligned text."""
-    train, workers = case.config.train, case.config.data.workers
-    clips = ", ".join(f"{name} {count:,}" for name, count in facts["clips"].items())
-    per_clip = max(facts["activation_bytes_per_clip"].values())
-    rows = [
-        ("what", "value", "how it comes about"),
-        ("ranks", f"{case.ranks}", f"{case.nodes} nodes x {case.per_node} processes"),
-        ("parameters", f"{facts['parameters']:,}", f"trained in precision {case.precision}"),
-    ]
-    if "rounds" in facts:
-        rows += [
-            (
-                "micro-batch",
-                str(facts["micro_batch"]),
-                "clips of a task in one forward on one rank",
-            ),
-            (
-                "accumulation",
-                str(facts["accumulation"]),
-                f"global_batch {train.global_batch} = {case.ranks} ranks x {facts['micro_batch']} x {facts['accumulation']}",
-            ),
-            (
-                "micro-steps a round",
-                str(facts["micro_steps"]),
-                f"schedule {train.schedule}, {len(train.tasks)} tasks",
-            ),
-            (
-                "rounds an epoch",
-                f"{facts['rounds_per_epoch']:.1f}",
-                f"{case.main_clips:,} clips of {train.main_task} / {train.global_batch}",
-            ),
-            ("rounds", f"{facts['rounds']:,}", "the whole run"),
-        ]
-    rows.append(("training clips", f"{sum(facts['clips'].values()):,}", clips))
-    if "rounds" in facts:
-        rows += _stream_rows(facts, case) + _memory_rows(facts, case)
-    return format_rows(
-        [
-            *rows,
-            (
-                "activations of a clip",
-                size_text(per_clip),
-                "forward and backward followed here, the largest task's",
-            ),
-            (
-                "cores a node",
-                str(facts["cores_per_node"]),
-                f"{case.per_node} ranks x (1 + {workers} workers)",
-            ),
-            (
-                "a checkpoint",
-                size_text(facts["checkpoint_bytes"]),
-                "parameters and Adam's two moments in fp32",
-            ),
-            (
-                "checkpoints on disk",
-                size_text(facts["checkpoints_disk_bytes"]),
-                f"the newest {train.keep_checkpoints} and the best",
-            ),
-        ]
-    )
-
-
-def _stream_rows(facts: dict, case: Case) -> list[tuple[str, str, str]]:
-    workers, share, batch = case.config.data.workers, facts["share"], facts["global_batch"]
-    turn = f"worker w takes every {workers}th round" if workers > 1 else "one process takes all"
-    return [
-        (
-            "positions of a round",
-            str(batch),
-            f"round k: k x {batch} .. of each task's clips, shuffled anew every epoch",
-        ),
-        ("positions of a rank", str(share), f"rank r: the r-th {share} of them"),
-        ("workers of a rank", str(workers), f"{turn}; {footprint.PREFETCHED_ROUNDS} rounds ahead"),
-        (
-            "memory of a worker",
-            size_text(facts["loader_worker_bytes"]),
-            "its clips' order (8 bytes a clip) and the rounds ahead, beside Python itself",
-        ),
-        (
-            "shared memory a node",
-            size_text(facts["loaders_shared_memory_bytes"]),
-            "/dev/shm: rounds ahead of all loaders",
-        ),
-    ]
-
-
-def _memory_rows(facts: dict, case: Case) -> list[tuple[str, str, str]]:
-    shards, many = ENGINES[case.engine].shards, facts["micro_steps"] > 1 and case.ranks > 1
-    how = {
-        what: f"1/{case.ranks} of them" if what in shards else "whole on every rank"
-        for what in ("parameters", "gradients", "optimizer")
-    } | {
-        "gathered": "parameters that are whole for the moment",
-        "activations": f"forward and backward of {facts['micro_batch']} clips, followed on one",
-    }
-    if "gradients" in shards and many:
-        how["gradients"] = (
-            f"whole until they are reduced, once in {facts['micro_steps']} micro-steps"
-        )
-    rows = [
-        (f"memory: {n}", size_text(count), how[n]) for n, count in facts["memory"].items() if count
-    ]
-    leaves = (
-        "and as much leaves a node: one rank of it sends to the next node"
-        if case.nodes > 1
-        else "all within the node"
-    )
-    sent = [f"{n} {size_text(count)}" for n, count in facts["wire"].items()]
-    return [
-        *rows,
-        (
-            "memory: a rank",
-            size_text(facts["memory_bytes"]),
-            f"of {size_text(case.memory)}, {USABLE:.0%} of which may be used",
-        ),
-        (
-            "wire: a rank and round",
-            size_text(facts["wire_bytes_per_rank"]),
-            f"{', '.join(sent)}; {leaves}",
-        ),
-    ]
 
 
 def add_plan(commands) -> None:
@@ -309,11 +180,11 @@ def _experiment(config: Config, options) -> tuple[Experiment, dict[str, int]]:
 def _measured(config: Config, options, experiment: Experiment, main_clips: int) -> Case:
     told = config.train.mixed_precision
     precision = options.precision or ("bf16" if told == "launcher" else told)
-    with footprint.pretended():
+    with pretended():
         model = experiment.build_model()
         size = footprint.size_of(model)
         activations = {
-            name: footprint.measure_activations(model, task, precision)
+            name: measure_activations(model, task, precision)
             for name, task in experiment.tasks.items()
         }
     return Case(

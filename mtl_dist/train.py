@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mtl_dist.config import ConfigError, load_config
 from mtl_dist.experiment import build_together, plan_rounds, raise_together
+from mtl_dist.feasibility import size_text
 from mtl_dist.phases import Phases
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.runtime import (
@@ -90,8 +91,9 @@ def describe(accelerator, experiment, trainer) -> None:
         print(corpus.describe(), file=sys.stderr)
     engine = trainer.engine
     parameters = sum(shape.numel() for shape in engine.shapes.values())
+    held = size_text(engine.held_bytes()["parameters"])
     print(
-        f"{type(engine.bare).__name__} of {parameters:,} parameters, receptive field "
+        f"{type(engine.bare).__name__} of {parameters:,} parameters, {held} of them on rank 0, receptive field "
         f"{engine.bare.trunk.receptive_field} samples; {engine.name}, {accelerator.num_processes} processes on "
         f"{accelerator.device.type}, precision {engine.precision}, {train.schedule}; global batch "
         f"{train.global_batch} = {accelerator.num_processes} ranks x {plan.micro_batch} x {plan.accumulation}; "

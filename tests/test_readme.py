@@ -164,7 +164,7 @@ def test_every_kind_of_command_in_the_readme_is_run_by_a_test():
 
 def test_file_tree_names_every_module_and_nothing_else():
     tree = next(block for block in blocks("text") if block.startswith("mtl_dist/"))
-    named = set(re.findall(r"\w+\.(?:py|yaml)", tree.split("launch_configs/")[0]))
+    named = set(re.findall(r"\w+\.(?:py|yaml)", tree[: tree.index("launch_configs/")]))
     there = {path.name for path in (ROOT / "mtl_dist").rglob("*.py") if path.name != "__init__.py"}
     there |= {path.name for path in (ROOT / "mtl_dist/recipes").glob("*.yaml")}
     per_task = {"audio_tagging.py", "next_step.py", "noise_reduction.py", "upsampling.py"}

@@ -12,10 +12,16 @@ from collections.abc import Callable, Iterator
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that lies on this rank."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class Engine:
@@ -93,6 +99,25 @@ class Engine:
     def forget(self) -> None:
         """Drop the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
+
+    def held(self) -> dict[str, list[Tensor]]:
+        """Return {parameters, gradients, optimizer: tensors} that this rank keeps now; some may share their storage."""
+        states = self.inner_optimizer.state.values()
+        parameters = [local(p) for p in self.bare.parameters()]
+        return {
+            "parameters": [*parameters, *self.bare.buffers()],
+            "gradients": [local(p.grad) for p in self.bare.parameters() if p.grad is not None],
+            "optimizer": [local(t) for s in states for t in s.values() if torch.is_tensor(t)],
+        }
+
+    def held_bytes(self) -> dict[str, int]:
+        """Return {parameters, gradients, optimizer: bytes} that this rank keeps now, every storage counted once."""
+        known, found = set(), {}
+        for what, tensors in self.held().items():
+            storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+            found[what] = sum(size for place, size in storages.items() if place not in known)
+            known |= storages.keys()
+        return found
 
     def full_state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return ({parameter: value}, {"exp_avg/parameter": value, ...}) whole, on the CPU of rank 0; empty elsewhere."""

@@ -39,6 +39,9 @@ class Zero(Engine):
             "gradient_clipping": self.clip_norm or 0.0,  # unset, Accelerate makes it 1.0
             "zero_force_ds_cpu_optimizer": False,  # torch's Adam, also where it is offloaded: no build, one formula
         }
+        # unset, DeepSpeed takes room for 500 million gradients on every rank, however small the model
+        most = min(500_000_000, sum(p.numel() for p in self.bare.parameters()))
+        config["zero_optimization"].setdefault("reduce_bucket_size", most)
         if self.precision != "no":
             config["torch_autocast"] = {"enabled": True, "dtype": AUTOCAST[self.precision]}
 
@@ -128,6 +131,18 @@ class Zero(Engine):
         self.link_moments()
         return super().full_state()
 
+    def held(self) -> dict[str, list[Tensor]]:
+        """Add what DeepSpeed keeps beside the model: fp32 shards that Adam steps, and reduced gradients."""
+        found = super().held()
+        found["optimizer"] += self.flat_shards()
+        found["gradients"] += self.reduced_gradients()
+        return found
+
+    def reduced_gradients(self) -> list[Tensor]:
+        """Return this rank's shards of the gradient, there from the end of `accumulating` until the step."""
+        groups = self.zero_optimizer.averaged_gradients.values()
+        return [gradient for group in groups if group is not None for gradient in group]
+
     def flat_shards(self) -> list[Tensor]:
         """Return what Adam steps: this rank's fp32 shards of many parameters in one."""
         return self.zero_optimizer.single_partition_of_fp32_groups
@@ -177,6 +192,17 @@ class Zero3(Zero):
     def local_gradient(self, parameter: nn.Parameter) -> Tensor:
         """Return what `accumulating` has added up on this rank: whole, although the parameter is in shards."""
         return parameter.grad
+
+    def held(self) -> dict[str, list[Tensor]]:
+        """Add the parameters' own shards: which fp32 ones share, and which small, whole parameters have beside them."""
+        found = super().held()
+        found["parameters"] += [p.ds_tensor for p in self.bare.parameters()]
+        return found
+
+    def reduced_gradients(self) -> list[Tensor]:
+        """Return this rank's shards of the gradient and the buckets of the reduction: they are always there."""
+        buckets = [bucket.buffer for bucket in self.zero_optimizer.ipg_buckets.values()]
+        return [self.zero_optimizer.grad_partitions_flat_buffer, *buckets]
 
     def flat_shards(self) -> list[Tensor]:
         """Return this rank's fp32 shards."""
