@@ -205,6 +205,7 @@ class Trainer:
         self.phases.enter("validation")
         model = self.engine.plain_model()
         result = self._evaluate(model, "validation")
+        self.keeper.settle(self.state)  # whether the best so far is on the disk
         self.phases.enter("reporting")
         measured = result.metrics[self.config.train.main_task].get(self.best_metric)
         if measured is not None:
