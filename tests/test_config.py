@@ -114,7 +114,7 @@ WRONG = {
     "--run.seed -1": "run.seed: -1 is not allowed",
     "--run.plugins nowhere.py": "run.plugins: the file",
     "--run.plugins [": "run.plugins: name Python files",
-    "--config": "--config: '' is neither a file nor a recipe (demo, paper, sample)",
+    "--config": "--config: '' is neither a file nor a recipe (demo, large, paper, sample)",
     "--config nowhere.yaml": "--config: 'nowhere.yaml' is neither a file nor a recipe",
 }
 
