@@ -14,7 +14,7 @@ from mtl_dist.phases import Phases
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.stragglers import Stragglers
 
-SLOW, SECONDS = 1, 0.4
+SLOW, SECONDS = 1, 0.8
 KEYS = ("time/data", "time/forward_backward", "time/collective", "time/optimizer")
 
 
