@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 from accelerate import Accelerator
 
-from mtl_dist import footprint, interconnect
+from mtl_dist import activations, footprint, interconnect
 from mtl_dist.config import load_config
 from mtl_dist.health import FAIL, OK, WARN, Finding, existing_folder, machine_findings
 from mtl_dist.planning import FSD_CLASSES, without_corpora
@@ -84,7 +84,7 @@ def run_doctor(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def world_findings(accelerator: Accelerator, config, experiment) -> list[Finding]:
     """Return what this rank finds together with the others."""
-    with footprint.pretended():
+    with activations.pretended():
         elements = footprint.size_of(experiment.build_model()).elements
     hosts = collect(accelerator, [platform.node()])
     counts = {host: hosts.count(host) for host in hosts}

@@ -17,7 +17,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from mtl_dist import footprint
+from mtl_dist import activations, footprint
 from mtl_dist.audio.clips import ClipReader
 from mtl_dist.audio.reading import BadClipError
 from mtl_dist.config import Config
@@ -44,7 +44,7 @@ def machine_findings(config: Config, experiment: Experiment, ranks: int) -> list
     """Return every finding about this machine, on which `ranks` processes are to run."""
     share = max(1, config.train.global_batch // int(os.environ.get("WORLD_SIZE", ranks)))
     round_bytes = footprint.round_bytes(experiment.tasks, share)
-    with footprint.pretended():
+    with activations.pretended():
         size = footprint.size_of(experiment.build_model())
     return [
         versions(),
