@@ -93,7 +93,7 @@ def test_the_worst_of_all_ranks_is_reported():
 def test_two_ranks_measure_what_lies_between_them_and_the_skew_of_a_clock(
     corpora_root, tmp_path, ahead, verdict
 ):
-    done = tiny.launch_two(WORKER, str(ahead), *words(corpora_root, tmp_path))
+    done = tiny.launch("two_cpu_processes", WORKER, str(ahead), *words(corpora_root, tmp_path))
     found = verdicts(done.stdout)
     assert {"world", "shared run folder", "round-trip", "bandwidth"} <= set(found), done.stderr
     assert found["clock"] == verdict
@@ -110,8 +110,11 @@ def test_two_ranks_measure_what_lies_between_them_and_the_skew_of_a_clock(
 @pytest.mark.slow
 def test_a_corpus_that_is_not_there_ends_all_ranks_with_its_name(corpora_root, tmp_path):
     lost = str(tmp_path / "lost")
-    done = tiny.launch_two(
-        WORKER, "0", *words(corpora_root, tmp_path, "--corpora.librispeech.root", lost)
+    done = tiny.launch(
+        "two_cpu_processes",
+        WORKER,
+        "0",
+        *words(corpora_root, tmp_path, "--corpora.librispeech.root", lost),
     )
     assert done.returncode != 0
     assert verdicts(done.stdout)["data: librispeech"] == FAIL
