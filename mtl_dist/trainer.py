@@ -16,7 +16,7 @@ from mtl_dist.round import RoundReport, run_round
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.runtime import StopRequest, precision_asked_for, world_of
 from mtl_dist.stragglers import Stragglers
-from mtl_dist.streams.rounds import make_loader
+from mtl_dist.streams.rounds import end_workers, make_loader
 from mtl_dist.tables import results_table
 
 
@@ -94,7 +94,7 @@ class Trainer:
                     self._say(f"stopped after round {state.round}; go on with --run.resume auto")
                     return None
         finally:
-            del rounds  # ends the loader's workers
+            end_workers(rounds)
         if not self._patient():
             self._say(
                 f"no better validation in {train.patience}: stopped after round {state.round}"

@@ -13,6 +13,7 @@ from functools import partial
 import datasets
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from mtl_dist.audio.clips import Clip, ClipReader
 from mtl_dist.audio.reading import BadClipError
@@ -152,6 +153,15 @@ def make_loader(stream: RoundStream, workers: int, pin_memory: bool) -> DataLoad
         prefetch_factor=2 if workers else None,
         worker_init_fn=_outlive_signals,
     )
+
+
+def end_workers(rounds: Iterator[Round]) -> None:
+    """End the workers of a loader's iterator now, for `del` may come too late: the traceback of an error keeps it alive.
+
+    Its process would then wait at its exit for workers that outlive signals, and an elastic restart for the process.
+    """
+    if isinstance(rounds, _MultiProcessingDataLoaderIter):
+        rounds._shutdown_workers()
 
 
 def _outlive_signals(worker: int) -> None:
