@@ -20,6 +20,9 @@ from local_slurm import Cluster, bring_up, start_script
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
+ALL = os.environ.get("MTL_DIST_SLURM") == "all"
+"""All of them take over 20 minutes, most of it waiting; without it those that stay under five are run."""
+
 TRAINING_SECONDS = 45
 """A run must outlast the signal of a time limit of 1 minute, which comes 20 to 50 s after a job's start."""
 
@@ -27,6 +30,8 @@ TRAINING_SECONDS = 45
 @pytest.fixture(scope="module", params=["linuxproc", "cgroup"])
 def cluster(request, tmp_path_factory):
     """A cluster of which ProctrackType is the parameter; stopped again if it was started here."""
+    if request.param == "cgroup" and not ALL:
+        pytest.skip("the same tests as under linuxproc; MTL_DIST_SLURM=all runs them too")
     script, began = start_script(), datetime.datetime.now().replace(microsecond=0)
     if script and request.param == "cgroup" and not Path("/sys/fs/cgroup/freezer").is_dir():
         pytest.skip("this machine has no freezer of cgroup v1, which the local cluster wants")
@@ -129,6 +134,7 @@ def test_a_job_over_its_time_limit_is_requeued_and_ends_as_if_uninterrupted(clus
     assert_ended_alike(run, whole[2])
 
 
+@pytest.mark.skipif(not ALL, reason="takes minutes; MTL_DIST_SLURM=all runs it")
 def test_requeued_signalled_cancelled_and_submitted_again_a_run_ends_as_if_uninterrupted(
     cluster, words, whole
 ):
