@@ -1,4 +1,7 @@
-"""What a run shows: TensorBoard, metrics.jsonl with the same numbers, a progress bar or plain lines. Rank 0 only."""
+"""What a run shows: TensorBoard, metrics.jsonl with the same numbers, a progress bar or plain lines. Rank 0 only.
+
+Pictures are imported late: a start does not wait for matplotlib.
+"""
 
 import contextlib
 import json
@@ -13,7 +16,6 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from mtl_dist import pictures
 from mtl_dist.config import Config
 from mtl_dist.evaluation import Evaluation
 from mtl_dist.round import RoundReport
@@ -101,6 +103,8 @@ class Monitor:
             self.note(number, "bad_files_in_validation", result.bad, len(result.bad))
         for task, names in classes.items():
             if "confusion" in result.metrics[task]:
+                from mtl_dist import pictures
+
                 title = f"{task}, round {number}"
                 figure = pictures.confusion_matrix(result.confusion(task), names, title)
                 with not_worth_a_run("the confusion matrix"):
@@ -114,6 +118,8 @@ class Monitor:
         self, number: int, task: str, place: int, waves: dict[str, torch.Tensor], rate: int
     ) -> None:
         """Write the waves of an example as sound and as spectrograms."""
+        from mtl_dist import pictures
+
         clip = f"{task}/clip {place}"
         with not_worth_a_run(f"the example {clip}"):
             for what, wave in waves.items():

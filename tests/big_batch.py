@@ -22,6 +22,11 @@ WEIGHTS = {"audio_tagging": 0.7, "next_step": 2.0, "noise_reduction": 1.5, "upsa
 SAMPLES = {"audio_tagging": 60, "next_step": 40, "noise_reduction": 40, "upsampling": 50}
 
 
+def accumulations(subset: tuple[str, ...]) -> tuple[int, ...]:
+    """Return the micro-batches a rank and round on which an engine is tested: two, and one for all tasks together."""
+    return (1, 2) if subset == NAMES else (2,)
+
+
 def weight_words() -> list[str]:
     """Command-line words that give every task a weight of its own."""
     return [f"--tasks.{name}.weight={weight}" for name, weight in WEIGHTS.items()]

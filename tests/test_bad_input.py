@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import tiny
+import worlds
 from entry import enter, entries, refused, tagging_words
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -229,7 +230,7 @@ def test_more_bad_files_than_the_share_in_validation_stop_the_run(root):
 def test_more_bad_files_than_the_share_stop_all_ranks(root):
     for path in (root / "FSDKaggle2018" / "FSDKaggle2018.audio_train").iterdir():
         spoil(path, "text")
-    ended = tiny.launch(
+    ended = worlds.launch(
         "two_cpu_processes", "mtl_dist/train.py", *tagging_words(root, root / "run"), timeout=280.0
     )
     assert ended.returncode != 0

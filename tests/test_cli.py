@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import tiny
+import worlds
 
 from mtl_dist import cli
 from mtl_dist.checkpoint import MARKER, TrainState, mark_best, save
@@ -129,7 +130,7 @@ def test_two_processes_score_what_one_scores(run_folder, tmp_path):
         "--out",
     ]
     cli.main([*words, str(tmp_path / "one")])
-    done = tiny.launch("two_cpu_processes", "-m", "mtl_dist.cli", *words, str(tmp_path / "two"))
+    done = worlds.launch("two_cpu_processes", "-m", "mtl_dist.cli", *words, str(tmp_path / "two"))
     assert done.returncode == 0, done.stderr
     one, two = (
         json.loads((tmp_path / n / "results.json").read_text())["test"] for n in ("one", "two")

@@ -7,6 +7,7 @@ import types
 
 import pytest
 import tiny
+import worlds
 
 from mtl_dist import cli, doctor, health
 from mtl_dist.config import load_config
@@ -93,7 +94,7 @@ def test_the_worst_of_all_ranks_is_reported():
 def test_two_ranks_measure_what_lies_between_them_and_the_skew_of_a_clock(
     corpora_root, tmp_path, ahead, verdict
 ):
-    done = tiny.launch("two_cpu_processes", WORKER, str(ahead), *words(corpora_root, tmp_path))
+    done = worlds.launch("two_cpu_processes", WORKER, str(ahead), *words(corpora_root, tmp_path))
     found = verdicts(done.stdout)
     assert {"world", "shared run folder", "round-trip", "bandwidth"} <= set(found), done.stderr
     assert found["clock"] == verdict
@@ -110,7 +111,7 @@ def test_two_ranks_measure_what_lies_between_them_and_the_skew_of_a_clock(
 @pytest.mark.slow
 def test_a_corpus_that_is_not_there_ends_all_ranks_with_its_name(corpora_root, tmp_path):
     lost = str(tmp_path / "lost")
-    done = tiny.launch(
+    done = worlds.launch(
         "two_cpu_processes",
         WORKER,
         "0",
@@ -127,8 +128,8 @@ def test_a_rank_whose_others_never_come_says_so_and_ends(corpora_root, tmp_path)
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    done = tiny.run_process(
-        ["-m", "mtl_dist.cli", "doctor", "--timeout", "5", *words(corpora_root, tmp_path)],
+    done = worlds.run(
+        *["-m", "mtl_dist.cli", "doctor", "--timeout", "5", *words(corpora_root, tmp_path)],
         timeout=120,
         RANK="0",
         LOCAL_RANK="0",

@@ -6,6 +6,7 @@ import types
 import pytest
 import tiny
 import torch
+import worlds
 from accelerate import Accelerator
 
 from mtl_dist import evaluation
@@ -56,7 +57,7 @@ def test_79_clips_on_two_processes_are_heard_once_and_give_the_single_process_nu
     experiment, truth, corpora_root, tmp_path
 ):
     script = "tests/workers/evaluation_worker.py"
-    done = tiny.launch("two_cpu_processes", script, str(corpora_root), str(tmp_path))
+    done = worlds.launch("two_cpu_processes", script, str(corpora_root), str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
     every_clip_once(

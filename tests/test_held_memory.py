@@ -4,6 +4,7 @@ import json
 
 import pytest
 import tiny
+import worlds
 from test_engines import FILES, marked
 
 from mtl_dist import footprint
@@ -27,7 +28,7 @@ def launch(name: str, corpora, out, *words: str) -> list[dict]:
     if "ZeRO" in name:
         pytest.importorskip("deepspeed")
     script = ["tests/workers/memory_worker.py", str(corpora), str(out), *words]
-    done = tiny.launch(FILES[name], *script)
+    done = worlds.launch(FILES[name], *script)
     assert done.returncode == 0, done.stderr[-3000:]
     results = [json.loads((out / f"memory_{rank}.json").read_text()) for rank in (0, 1)]
     assert [result["engine"] for result in results] == [name, name]

@@ -10,6 +10,7 @@ import sys
 import pytest
 import tiny
 import torch
+import worlds
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.state import AcceleratorState, PartialState
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from mtl_dist.runtime import LaunchError, start
 
 FILES = sorted((tiny.REPOSITORY / "launch_configs").glob("*.yaml"))
+ENTRY = "mtl_dist/train.py"
 LAUNCH = ("-m", "accelerate.commands.launch")
 LIMIT = 280.0
 """Seconds a launch may take: about 15 on an idle core, many times that on a busy one."""
@@ -31,7 +33,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machi
 
 
 def launch_words(file: str, *options: str) -> list[str]:
-    return [*LAUNCH, "--config_file", f"launch_configs/{file}.yaml", *options, "mtl_dist/train.py"]
+    return [*LAUNCH, "--config_file", f"launch_configs/{file}.yaml", *options, ENTRY]
 
 
 def words(corpora, run, *more: str) -> list[str]:
@@ -194,7 +196,7 @@ def test_bf16_trains_on_a_cpu_and_its_losses_are_near_those_of_fp32(
     corpora_root, tmp_path, one_process
 ):
     run = words(corpora_root, tmp_path / "run")
-    ended = launch("one_cpu", "--mixed_precision", "bf16", run=run)
+    ended = worlds.launch("one_cpu", "--mixed_precision", "bf16", ENTRY, *run)
     assert ended.returncode == 0, ended.stderr
     assert "precision bf16" in ended.stderr
     first, truth = (entries(run, "round")[0] for run in (tmp_path / "run", one_process[1]))
@@ -213,7 +215,7 @@ def test_bf16_on_an_engine_is_autocast_as_on_one_process(
     corpora_root, tmp_path, one_process, engine
 ):
     run = words(corpora_root, tmp_path / "run")
-    ended = launch(f"{engine}_two_cpu_processes", "--mixed_precision", "bf16", run=run)
+    ended = worlds.launch(f"{engine}_two_cpu_processes", "--mixed_precision", "bf16", ENTRY, *run)
     assert ended.returncode == 0, ended.stderr
     assert "precision bf16" in ended.stderr
     found, truth = (entries(run, "round") for run in (tmp_path / "run", one_process[1]))
@@ -266,7 +268,7 @@ def test_a_launcher_that_starts_one_process_where_two_were_asked_for_is_refused(
 ):
     run = words(corpora_root, tmp_path / "run")
     options = ["--cpu", *asked, "--mixed_precision", "no", "--main_process_port", "29999"]
-    ended = tiny.run_process([*LAUNCH, *options, "mtl_dist/train.py", *run], timeout=LIMIT)
+    ended = tiny.run_process([*LAUNCH, *options, ENTRY, *run], timeout=LIMIT)
     assert ended.returncode != 0
     assert "error: the launcher was asked for several processes and started one" in ended.stderr
     assert not (tmp_path / "run").exists()
@@ -277,7 +279,7 @@ def test_a_mistake_that_only_the_first_rank_can_see_ends_both_with_one_message(
     tmp_path, corpora_root
 ):
     (tmp_path / "file").write_text("in the way")
-    ended = launch("two_cpu_processes", run=words(corpora_root, tmp_path / "file"))
+    ended = worlds.launch("two_cpu_processes", ENTRY, *words(corpora_root, tmp_path / "file"))
     assert ended.returncode != 0
     assert ended.stderr.count("error: run.dir: ") == 1
     assert "[rank" not in ended.stderr  # torch's mark of a traceback
@@ -286,7 +288,8 @@ def test_a_mistake_that_only_the_first_rank_can_see_ends_both_with_one_message(
 @pytest.mark.slow
 def test_a_missing_corpus_ends_both_ranks_with_one_message(tmp_path, corpora_root):
     missing = ["--corpora.fsdkaggle2018.root", str(tmp_path / "nowhere")]
-    ended = launch("two_cpu_processes", run=words(corpora_root, tmp_path / "run", *missing))
+    run = words(corpora_root, tmp_path / "run", *missing)
+    ended = worlds.launch("two_cpu_processes", ENTRY, *run)
     assert ended.returncode != 0
     assert ended.stderr.count("error: corpora.fsdkaggle2018.root: ") == 1
     assert "[rank" not in ended.stderr
@@ -297,7 +300,7 @@ def test_a_rank_that_cannot_see_the_data_ends_all_with_one_message_that_names_it
     tmp_path, corpora_root
 ):
     hidden = str(corpora_root / "LibriSpeech")
-    ended = tiny.launch(
+    ended = worlds.launch(
         "two_cpu_processes",
         "tests/workers/blind_rank.py",
         hidden,
@@ -305,5 +308,6 @@ def test_a_rank_that_cannot_see_the_data_ends_all_with_one_message_that_names_it
     )
     assert ended.returncode != 0
     assert ended.stderr.count("error: ") == 1
-    assert f"error: on {platform.node()}: corpora.librispeech.root: /not/mounted" in ended.stderr
+    where = f"error: on {platform.node()}: corpora.librispeech.root: the folder /not/mounted/here"
+    assert where in ended.stderr
     assert not (tmp_path / "run").exists()

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import worlds
 
 from mtl_dist.audio.clips import ClipReader
 from mtl_dist.corpora.base import AUDIO_SUFFIXES
@@ -131,12 +132,13 @@ def test_every_training_command_runs_in_the_order_of_the_readme_and_then_evaluat
         ]
         if "one_gpu" not in command:
             words = shortened(command)
-        done = run(words, folder)
+        done = worlds.finish(worlds.start(words[2:], folder), timeout=180)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         if "--help" in command or "--print_config" in command:
             assert "crop_seconds" in done.stdout
     for command in commands("mtl-dist"):
-        done = run(command.split(), folder)
+        words = ["-m", "mtl_dist.cli", *command.split()[1:]]
+        done = worlds.finish([worlds.Rank(words, dict(os.environ), folder)], timeout=180)
         assert done.returncode == 0, f"{command}\n{done.stderr[-4000:]}"
         if "evaluate" in command:
             assert "map@3" in done.stdout

@@ -9,6 +9,7 @@ import sys
 import pytest
 import tiny
 import torch
+import worlds
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -25,7 +26,7 @@ def words(corpora, run, *more) -> list[str]:
 
 
 def train(corpora, run, *more, entry=(ENTRY,), code=0):
-    done = tiny.run_process([*entry, *words(corpora, run, *more)])
+    done = worlds.run(*entry, *words(corpora, run, *more))
     assert done.returncode == code, done.stderr[-3000:]
     return run
 
@@ -168,7 +169,9 @@ def test_a_run_goes_on_with_other_ranks_and_loader_workers(
 ):
     """On two processes sums are taken in another order: equal but for rounding."""
     run = shutil.copytree(stopped_at_5, tmp_path / "run")
-    done = tiny.launch("two_cpu_processes", ENTRY, *words(corpora_root, run, "--data.workers", "2"))
+    done = worlds.launch(
+        "two_cpu_processes", ENTRY, *words(corpora_root, run, "--data.workers", "2")
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert state(run)["positions"] == state(whole)["positions"]
     ours, theirs = tensors(run, "model"), tensors(whole, "model")

@@ -23,8 +23,9 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 ALL = os.environ.get("MTL_DIST_SLURM") == "all"
 """All of them take over 20 minutes, most of it waiting; without it those that stay under five are run."""
 
-TRAINING_SECONDS = 45
-"""A run must outlast the signal of a time limit of 1 minute, which comes 20 to 50 s after a job's start."""
+ROUNDS = 110
+PACED = ["--run.plugins", f"[{tiny.REPOSITORY / 'tests/workers/at_a_pace.py'}]"]
+"""110 rounds at 0.5 s outlast the signal of a time limit of 1 minute, which comes 20 to 50 s after a job's start."""
 
 
 @pytest.fixture(scope="module", params=["linuxproc", "cgroup"])
@@ -65,12 +66,9 @@ def two_on_a_node(cluster, corpora):
 
 
 @pytest.fixture(scope="module")
-def words(corpora, two_on_a_node):
-    """Words of a run that takes about TRAINING_SECONDS on this machine."""
-    seconds = [entry["time/seconds_per_round"] for entry in two_on_a_node[1][20:]]
-    rounds = int(TRAINING_SECONDS / sorted(seconds)[len(seconds) // 2]) // 25 * 25
-    lengths = ["--train.rounds", str(rounds), "--train.validate_every", str(rounds)]
-    often = ["--train.log_every", "25", "--train.checkpoint_every", "25"]
+def words(corpora):
+    lengths = ["--train.rounds", str(ROUNDS), "--train.validate_every", str(ROUNDS)]
+    often = ["--train.log_every", "10", "--train.checkpoint_every", "10"]
     return tiny.tiny_words(corpora, *lengths, *often)
 
 
@@ -123,7 +121,7 @@ def test_two_nodes_train_one_model_to_the_end(whole):
 def test_a_job_over_its_time_limit_is_requeued_and_ends_as_if_uninterrupted(cluster, words, whole):
     run = cluster.folder / "limited"
     options = ["--nodes=2", "--time=1", "--signal=B:USR1@10"]
-    job = cluster.submit("train.sbatch", options, [*words, "--run.dir", str(run)])
+    job = cluster.submit("train.sbatch", options, [*words, *PACED, "--run.dir", str(run)])
     cluster.wait(job, "was not requeued", Restarts="1")
     if os.geteuid() == 0:  # an administrator may give it more time, so that one more turn is enough
         cluster.call("scontrol", "update", f"jobid={job}", "TimeLimit=30")
@@ -139,7 +137,7 @@ def test_requeued_signalled_cancelled_and_submitted_again_a_run_ends_as_if_unint
     cluster, words, whole
 ):
     run = cluster.folder / "interrupted"
-    words = [*words, "--run.dir", str(run)]
+    words = [*words, *PACED, "--run.dir", str(run)]
     job, before = cluster.submit("train.sbatch", ["--nodes=2"], words), 0
 
     def interrupt(*command: str) -> None:

@@ -6,6 +6,7 @@ import statistics
 import pytest
 import tiny
 import torch
+import worlds
 from accelerate import Accelerator
 from entry import entries
 
@@ -95,7 +96,7 @@ def train_slowly(corpora, run, *more: str):
     words = ["--train.schedule", "joint", "--train.rounds", "9", "--train.stop_after_rounds", "5"]
     words += ["--evaluation.max_clips", "1", "--run.dir", str(run), *more]
     script = ["tests/workers/straggler.py", str(SLOW), str(SECONDS)]
-    done = tiny.launch("two_cpu_processes", *script, *tiny.tiny_words(corpora, *words))
+    done = worlds.launch("two_cpu_processes", *script, *tiny.tiny_words(corpora, *words))
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -1,14 +1,12 @@
 """A rank that hangs is named with its phase and round, once, before the time limit; no rank outlives the limit for long."""
 
 import logging
-import os
-import subprocess
-import sys
 import time
 
 import pytest
 import tiny
-from torch.distributed import HashStore, TCPStore
+import worlds
+from torch.distributed import HashStore
 
 from mtl_dist import watchdog
 from mtl_dist.phases import Phases, Sign
@@ -149,22 +147,10 @@ def test_after_an_error_a_process_ends_even_if_its_exit_hangs():
 
 def hang(corpora, run, rank: int, how: str, round_: int):
     """Two ranks, of which `rank` hangs: ([exit code or None for one that is frozen], [stderr], seconds of the last)."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # the launcher's
     words = ["--run.timeout_seconds", str(LIMIT), "--run.dir", str(run)]
     script = ["tests/workers/hanging.py", str(rank), how, str(round_)]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
-    place |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, *script, *tiny.tiny_words(corpora, *words)],
-            cwd=tiny.REPOSITORY,
-            env=os.environ | place | {"RANK": str(n), "LOCAL_RANK": str(n)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for n in range(2)
-    ]
+    file = ["--config_file", str(tiny.REPOSITORY / "launch_configs/two_cpu_processes.yaml")]
+    ranks = worlds.start([*file, *script, *tiny.tiny_words(corpora, *words)])
     alive = [n for n in range(2) if how != "frozen" or n != rank]
     try:
         for n in alive:
@@ -174,7 +160,7 @@ def hang(corpora, run, rank: int, how: str, round_: int):
     finally:
         for process in ranks:
             process.kill()
-    texts = [process.communicate() for process in ranks]
+    texts = [process.texts() for process in ranks]
     began = float(texts[rank][0].split("hangs since ")[1].split()[0])
     return codes, [error for _, error in texts], ended - began
 

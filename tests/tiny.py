@@ -103,13 +103,6 @@ def run_process(words: list[str], timeout: float = 240.0, **environment: str):
     )
 
 
-def launch(file: str, script: str, *words: str, timeout: float = 240.0):
-    """Run a script as launch_configs/FILE.yaml says."""
-    launcher = ["-m", "accelerate.commands.launch"]
-    config = ["--config_file", f"launch_configs/{file}.yaml"]
-    return run_process([*launcher, *config, script, *words], timeout)
-
-
 def listen(experiment, replace=setattr) -> dict[str, list[str]]:
     """Return {task: []}; the id of every row that a task is evaluated on is added to it from now on."""
     heard: dict[str, list[str]] = {name: [] for name in experiment.tasks}

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -20,8 +19,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return the part of a tensor that lies on this rank."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    """Return the part of a tensor that lies on this rank: of a DTensor, whose module takes a second to import, its shard."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 class Engine:

@@ -31,7 +31,7 @@ def gradients_of(accelerator, experiment, subset, clip) -> tuple[dict, dict, str
     first, _ = engine.full_state()
     gradients, reports = {}, {}
     for schedule in ("round_robin", "joint"):
-        for accumulation in (1, 2):
+        for accumulation in big_batch.accumulations(subset):
             share = big_batch.share_of_round(subset, rank, ranks, accumulation)
             tasks = {name: experiment.tasks[name] for name in subset}
             report = run_round(engine, tasks, share, schedule=schedule)
