@@ -1,54 +1,106 @@
 """Weak scaling on CPU ranks: the same clips a rank and round on 1, 2 and 4 ranks, one thread each, through the launcher.
 
-    python benchmarks/scaling.py build/scaling --turns 3
+    python benchmarks/scaling.py build/scaling --ranks 2 4 --turns 10
 
-For each turn: one process alone; as many processes at once that do not know each other (what the machine itself costs:
-cores, memory bandwidth); and one world of so many ranks. Efficiency is the time of a round of one process over that of the
-world. A model of a round, work + stragglers + reduction, is checked on these and carried on to 1,024 ranks for a network
-that is stated (`--cluster`), with the paper's gradient (`--megabytes 2.2`) and the time of a round there (`--round_ms`).
+All worlds run side by side, but never at once: they are frozen with SIGSTOP and take turns of a few rounds. So a machine
+whose speed changes from minute to minute does not come between what is compared. In a turn: one process alone; n that do not
+know each other, at once (what the machine itself costs: cores, memory bandwidth); one world of n. Efficiency is the time of
+a round of one process over that of the world, in the same turn. The gap is told from the ranks' own files: waiting for the
+slowest rank, then the collectives. A model of a round is checked on these and carried on to 1,024 ranks of a stated network.
 """
 
 import argparse
+import collections
 import json
-import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).parent.parent
 CLIPS = 8
 """Clips of every task in a round on every rank."""
 
 
-def command(run: Path, ranks: int, rounds: int, recipe: str) -> list[str]:
-    """Return the launcher's command for a world of so many ranks."""
-    file = "one_cpu" if ranks == 1 else "two_cpu_processes"
-    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-    launcher += ["--config_file", str(ROOT / f"launch_configs/{file}.yaml")]
-    launcher += ["--num_processes", str(ranks), str(ROOT / "mtl_dist/train.py")]
-    words = ["--config", recipe, "--train.global_batch", str(CLIPS * ranks), "--data.workers", "0"]
-    words += ["--train.rounds", str(rounds), "--train.log_every", str(rounds // 2)]
-    words += ["--train.validate_every", str(rounds), "--evaluation.max_clips", "2"]
-    return [*launcher, *words, "--evaluation.examples", "0", "--run.dir", str(run)]
+class World:
+    """A run of so many ranks, launched and then frozen unless it is its turn."""
+
+    def __init__(self, run: Path, ranks: int, recipe: str):
+        self.run, self.ranks, self.read = run, ranks, 0
+        file = "one_cpu" if ranks == 1 else "two_cpu_processes"
+        words = [sys.executable, "-m", "accelerate.commands.launch"]
+        words += ["--config_file", str(ROOT / f"launch_configs/{file}.yaml")]
+        words += ["--num_processes", str(ranks), str(ROOT / "mtl_dist/train.py")]
+        words += ["--config", recipe, "--train.global_batch", str(CLIPS * ranks)]
+        words += ["--data.workers", "0", "--train.rounds", "1000000", "--train.log_every", "1"]
+        words += ["--train.validate_every", "1000000", "--run.dir", str(run)]
+        environment, quiet = os.environ | {"OMP_NUM_THREADS": "1"}, subprocess.DEVNULL
+        self.launcher = subprocess.Popen(words, env=environment, stdout=quiet, stderr=quiet)
+        self.wait(2)
+        self.signal(signal.SIGSTOP)
+
+    def lines(self) -> list[dict]:
+        """Return the rounds that rank 0 has told of."""
+        path = self.run / "metrics.jsonl"
+        text = path.read_text() if path.exists() else ""
+        found = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        return [entry for entry in found if entry["kind"] == "round"]
+
+    def wait(self, rounds: int) -> None:
+        """Wait for so many rounds since the last turn."""
+        while len(self.lines()) < self.read + rounds:
+            assert self.launcher.poll() is None, f"{self.run} has ended"
+            time.sleep(0.1)
+
+    def signal(self, number: int) -> None:
+        """Send a signal to all ranks at once."""
+        for rank in psutil.Process(self.launcher.pid).children():
+            rank.send_signal(number)
+
+    def take(self, rounds: int) -> list[int]:
+        """Return the numbers of this turn's rounds; the first was cut by the turns of others."""
+        found = [entry["round"] for entry in self.lines()[self.read :]]
+        self.read += len(found)
+        return found[1 : 1 + rounds]
 
 
-def worlds(out: Path, turn: str, many: int, ranks: int, rounds: int, recipe: str) -> list[dict]:
-    """Run `many` worlds of `ranks` at once; return the last entry of each one's rounds."""
-    runs = [out / f"{turn}_{many}x{ranks}_{n}" for n in range(many)]
-    started = [
-        subprocess.Popen(
-            command(run, ranks, rounds, recipe),
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        for run in runs
-    ]
-    assert [process.wait() for process in started] == [0] * many
-    entries = [map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) for run in runs]
-    return [[e for e in lines if e["kind"] == "round"][-1] for lines in entries]
+def turn(worlds: list[World], rounds: int) -> list[list[int]]:
+    """Let these worlds run at once; return each one's rounds."""
+    for world in worlds:
+        world.signal(signal.SIGCONT)
+    for world in worlds:
+        world.wait(rounds + 1)
+    for world in worlds:
+        world.signal(signal.SIGSTOP)
+    time.sleep(0.2)
+    return [world.take(rounds) for world in worlds]
+
+
+def milliseconds(world: World, rounds: list[int]) -> list[float]:
+    """Return the time of each of these rounds."""
+    return [1e3 * e["time/seconds_per_round"] for e in world.lines() if e["round"] in rounds]
+
+
+def gap(world: World, rounds: list[int]) -> tuple[float, float, float]:
+    """Return ms a round: (a rank's own work, more of it on the slowest rank, collectives on the rank that waits least)."""
+    ranks = []
+    for rank in range(world.ranks):
+        lines = (world.run / f"ranks/rank_{rank:05d}.jsonl").read_text().splitlines()
+        ranks.append({line["round"]: line for line in map(json.loads, lines)})
+    own, slowest, least = [], [], []
+    for number in rounds:
+        of_round = [rank[number] for rank in ranks]
+        work = [line["time/data"] + line["time/forward_backward"] for line in of_round]
+        own.append(statistics.mean(work))
+        slowest.append(max(work) - statistics.mean(work))
+        least.append(min(line["time/collective"] for line in of_round))
+    own_ms, slowest_ms, least_ms = (1e3 * statistics.mean(v) for v in (own, slowest, least))
+    return own_ms, slowest_ms, least_ms
 
 
 def ring(ranks: int, megabytes: float, latency_ms: float, gigabytes_per_second: float) -> float:
@@ -57,61 +109,108 @@ def ring(ranks: int, megabytes: float, latency_ms: float, gigabytes_per_second: 
     return steps * latency_ms + steps / ranks * megabytes / gigabytes_per_second
 
 
-def predicted(ranks: int, alone_ms: float, options: argparse.Namespace) -> float:
-    """Milliseconds of a round: work, the slowest of n normal ranks (spread * sqrt(2 ln n)), and its collectives.
+def predicted(ranks: int, work_ms: float, spread_ms: float, megabytes: float, network) -> float:
+    """Milliseconds of a round: work, more of it on the slowest rank, and the collectives.
 
-    They are one all-reduce of the gradient, and two of a few numbers (counts; losses and stop requests) that pay latency.
+    The slowest of n ranks whose times are normal around their mean with a deviation of `spread_ms` is expected at the
+    quantile (n - 0.375) / (n + 0.25) (Blom 1958). Collectives are one all-reduce of the gradient, and two of a few numbers
+    (counts; losses and stop requests) that pay latency.
     """
-    slowest = options.spread_ms * math.sqrt(2 * math.log(ranks)) if ranks > 1 else 0.0
-    network = (options.latency_ms, options.gigabytes_per_second)
-    return (
-        alone_ms + slowest + ring(ranks, options.megabytes, *network) + 2 * ring(ranks, 0, *network)
-    )
+    quantile = statistics.NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))
+    collectives = ring(ranks, megabytes, *network) + 2 * ring(ranks, 0, *network)
+    return work_ms + spread_ms * max(quantile, 0.0) + collectives
 
 
 def main() -> None:
     """Measure in turns, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--turns", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=6, help="of a turn")
     parser.add_argument("--recipe", default="demo")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2])
-    network = parser.add_argument_group(
-        "model", "of the machine measured; mtl-dist doctor tells them"
+    parser.add_argument(
+        "--here",
+        type=float,
+        nargs=2,
+        default=(0.43, 0.36),
+        help="a hop's latency in ms, GB/s, by doctor",
     )
-    network.add_argument("--latency_ms", type=float, default=0.1, help="of one hop")
-    network.add_argument("--gigabytes_per_second", type=float, default=1.0)
-    network.add_argument("--megabytes", type=float, default=0.137, help="the demo's gradient")
-    network.add_argument("--spread_ms", type=float, default=5.0, help="of a rank's rounds")
-    network.add_argument("--round_ms", type=float, default=120.0, help="of a cluster's rank")
-    network.add_argument(
-        "--cluster", type=float, nargs=2, default=(0.005, 10.0), help="a hop's latency in ms, GB/s"
+    parser.add_argument("--megabytes", type=float, default=0.137, help="the recipe's gradient")
+    cluster = parser.add_argument_group("the cluster that the model is carried on to")
+    cluster.add_argument("--cluster", type=float, nargs=2, default=(0.005, 10.0))
+    cluster.add_argument(
+        "--cluster_megabytes", type=float, default=2.2, help="the paper's gradient"
+    )
+    cluster.add_argument("--cluster_round_ms", type=float, default=120.0)
+    cluster.add_argument(
+        "--cluster_spread", type=float, default=0.02, help="of a rank's rounds, as a share"
     )
     options = parser.parse_args()
     options.out.mkdir(parents=True)
-    kinds = [(1, 1), *[k for n in options.ranks for k in ((n, 1), (1, n))]]
-    seconds: dict[tuple[int, int], list[float]] = {kind: [] for kind in kinds}
-    for turn in range(options.turns):
-        for many, ranks in kinds:
-            found = worlds(options.out, str(turn), many, ranks, options.rounds, options.recipe)
-            seconds[many, ranks].append(statistics.mean(e["time/seconds_per_round"] for e in found))
-    print("| processes | ms a round, each turn | one process / this |\n|---|---|---|")
-    for (many, ranks), values in seconds.items():
-        what = f"one world of {ranks}" if many == 1 else f"{many} worlds of 1, at once"
-        ratios = [one / this for one, this in zip(seconds[1, 1], values, strict=True)]
-        shown = ", ".join(f"{1e3 * value:.0f}" for value in values)
-        print(f"| {what} | {shown} | {statistics.median(ratios):.3f} |")
-    for ranks in options.ranks:
-        beside, world = (1e3 * statistics.median(seconds[k]) for k in ((ranks, 1), (1, ranks)))
-        model = predicted(ranks, beside, options)
-        print(f"{ranks} ranks: {world:.0f} ms measured, {model:.0f} ms by the model")
-    print("| ranks | ms a round by the model | efficiency |\n|---|---|---|")
+    alone = [
+        World(options.out / f"alone_{n}", 1, options.recipe) for n in range(max(options.ranks))
+    ]
+    worlds = {n: World(options.out / f"world_{n}", n, options.recipe) for n in options.ranks}
+    try:
+        found = measure(alone, worlds, options.turns, options.rounds)
+    finally:
+        for world in (*alone, *worlds.values()):
+            world.signal(signal.SIGKILL)
+    report(found, options)
+
+
+def measure(alone: list[World], worlds: dict[int, World], turns: int, rounds: int) -> dict:
+    """Return lists of a value each turn.
+
+    {(how many worlds, of how many ranks): ms a round, ("spread", n): deviation of the rounds of n processes at once,
+    ("gap", n): what a world's ranks say}.
+    """
+    found = collections.defaultdict(list)
+    for _ in range(turns):
+        for kind in [(1, 1), *[k for n in worlds for k in ((n, 1), (1, n))]]:
+            many, ranks = kind
+            together = alone[:many] if ranks == 1 else [worlds[ranks]]
+            numbers = turn(together, rounds)
+            times = [t for pair in zip(together, numbers, strict=True) for t in milliseconds(*pair)]
+            found[kind].append(statistics.mean(times))
+            if many > 1:
+                found["spread", many].append(statistics.stdev(times))
+            if ranks > 1:
+                found["gap", ranks].append(gap(together[0], numbers[0]))
+    return found
+
+
+def report(found: dict, options: argparse.Namespace) -> None:
+    """Print the tables."""
+    one = found[1, 1]
+    print(
+        "| processes | median ms a round | one process / this: median, middle half |\n|---|---|---|"
+    )
+    for kind, times in found.items():
+        if isinstance(kind[0], int):
+            what = f"one world of {kind[1]}" if kind[0] == 1 else f"{kind[0]} worlds of 1, at once"
+            ratios = [a / b for a, b in zip(one, times, strict=True)]
+            low, middle, high = statistics.quantiles(ratios, n=4)
+            shown = f"{middle:.3f}, {low:.3f} to {high:.3f}"
+            print(f"| {what} | {statistics.median(times):.0f} | {shown} |")
+    print(
+        "\n| ranks | own work, ms | the slowest's more | collectives | measured | by the model |\n"
+        + "|---" * 6
+        + "|"
+    )
+    for n in options.ranks:
+        own, slowest, least = map(statistics.median, zip(*found["gap", n], strict=True))
+        beside, spread = statistics.median(found[n, 1]), statistics.median(found["spread", n])
+        model = predicted(n, beside, spread, options.megabytes, options.here)
+        measured = statistics.median(found[1, n])
+        print(f"| {n} | {own:.0f} | {slowest:.1f} | {least:.1f} | {measured:.0f} | {model:.0f} |")
+    print("\n| ranks | ms a round by the model | efficiency |\n|---|---|---|")
+    work, megabytes = options.cluster_round_ms, options.cluster_megabytes
     for ranks in (8, 64, 512, 1024):
-        alone = options.round_ms
-        options.latency_ms, options.gigabytes_per_second = options.cluster
-        model = predicted(ranks, alone, options)
-        print(f"| {ranks} | {model:.1f} | {alone / model:.3f} |")
+        spread = options.cluster_spread * work
+        model = predicted(ranks, work, spread, megabytes, options.cluster)
+        print(f"| {ranks} | {model:.1f} | {work / model:.3f} |")
 
 
 if __name__ == "__main__":

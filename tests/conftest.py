@@ -9,6 +9,12 @@ import tiny
 import torch
 
 torch.set_num_threads(1)
+LONGEST = ("test_slurm.py", "test_demo.py", "test_failures.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest, so that no worker is left alone with one of them at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(scope="session", autouse=True)

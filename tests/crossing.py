@@ -39,14 +39,22 @@ def write(accelerator: Accelerator, corpora: Path, shared: Path, who: str) -> No
     train(accelerator, corpora, run, "--train.stop_after_rounds", str(STOPPED))
 
 
-def resume_all(accelerator: Accelerator, corpora: Path, shared: Path, by: str) -> None:
-    """Go on with every run that was written so far."""
-    for written in sorted((shared / "written").iterdir()):
+def resume_all(
+    accelerator: Accelerator, corpora: Path, shared: Path, by: str, newest: int | None = None
+) -> None:
+    """Go on with every run that was written so far, or with the `newest` of them."""
+    everything = in_order(shared)
+    for written in everything[-newest:] if newest else everything:
         run = shared / "resumed" / f"{written.name}__{by}"
         if accelerator.is_main_process:
             shutil.copytree(written, run)
         accelerator.wait_for_everyone()
         train(accelerator, corpora, run)
+
+
+def in_order(shared: Path) -> list[Path]:
+    """Return the stopped runs, the oldest first."""
+    return sorted((shared / "written").iterdir(), key=lambda path: path.stat().st_mtime)
 
 
 def losses(run: Path) -> list[float]:

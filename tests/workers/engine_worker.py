@@ -3,7 +3,8 @@
 accelerate launch --config_file launch_configs/FILE.yaml tests/workers/engine_worker.py CORPORA OUT SHARED
 
 A gradient is what one step of SGD takes away from the weights, so that reduction, clipping and gathering are all in it.
-Then the engine goes on with all runs in SHARED that others have stopped, and stops one of its own there (crossing.py).
+Then the engine goes on with the newest two runs in SHARED that others have stopped, and stops one of its own there
+(crossing.py).
 """
 
 import json
@@ -85,7 +86,7 @@ def main(corpora: Path, out: Path, shared: Path) -> None:
     if accelerator.is_main_process:
         save_file(gradients, out / "gradients.safetensors")
     (name,) = names
-    crossing.resume_all(accelerator, corpora, shared, name)
+    crossing.resume_all(accelerator, corpora, shared, name, newest=2)
     crossing.write(accelerator, corpora, shared, name)
     accelerator.end_training()
 
