@@ -12,6 +12,7 @@ slowest rank, then the collectives. A model of a round is checked on these and c
 import argparse
 import collections
 import json
+import math
 import os
 import signal
 import statistics
@@ -39,10 +40,12 @@ class World:
         words += ["--config", recipe, "--train.global_batch", str(CLIPS * ranks)]
         words += ["--data.workers", "0", "--train.rounds", "1000000", "--train.log_every", "1"]
         words += ["--train.validate_every", "1000000", "--run.dir", str(run)]
-        environment, quiet = os.environ | {"OMP_NUM_THREADS": "1"}, subprocess.DEVNULL
-        self.launcher = subprocess.Popen(words, env=environment, stdout=quiet, stderr=quiet)
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        with open(f"{run}.log", "w") as log:
+            self.launcher = subprocess.Popen(words, env=environment, stdout=log, stderr=log)
         self.wait(2)
         self.signal(signal.SIGSTOP)
+        self.read = len(self.lines())
 
     def lines(self) -> list[dict]:
         """Return the rounds that rank 0 has told of."""
@@ -52,15 +55,17 @@ class World:
         return [entry for entry in found if entry["kind"] == "round"]
 
     def wait(self, rounds: int) -> None:
-        """Wait for so many rounds since the last turn."""
-        while len(self.lines()) < self.read + rounds:
-            assert self.launcher.poll() is None, f"{self.run} has ended"
-            time.sleep(0.1)
+        """Wait for so many rounds since the last turn, without taking a core's time from them."""
+        path = self.run / "metrics.jsonl"
+        while not path.exists() or path.read_bytes().count(b"\n") < self.read + rounds:
+            assert self.launcher.poll() is None, f"{self.run} has ended, see {self.run}.log"
+            time.sleep(0.3)
 
     def signal(self, number: int) -> None:
         """Send a signal to all ranks at once."""
-        for rank in psutil.Process(self.launcher.pid).children():
-            rank.send_signal(number)
+        if self.launcher.poll() is None:
+            for rank in psutil.Process(self.launcher.pid).children():
+                rank.send_signal(number)
 
     def take(self, rounds: int) -> list[int]:
         """Return the numbers of this turn's rounds; the first was cut by the turns of others."""
@@ -103,10 +108,14 @@ def gap(world: World, rounds: list[int]) -> tuple[float, float, float]:
     return own_ms, slowest_ms, least_ms
 
 
-def ring(ranks: int, megabytes: float, latency_ms: float, gigabytes_per_second: float) -> float:
-    """Milliseconds of a ring all-reduce: 2 (n - 1) latencies, and 2 (n - 1) / n of the bytes through each link."""
-    steps = 2 * (ranks - 1)
-    return steps * latency_ms + steps / ranks * megabytes / gigabytes_per_second
+def all_reduce(ranks: int, megabytes: float, latency_ms: float, gigabytes_per_second: float):
+    """Milliseconds of a sum over ranks by the better of two ways, as NCCL chooses (gloo has the first only).
+
+    A ring has 2 (n - 1) steps, each of a latency and 1/n of the bytes; a tree has 2 log2(n), and all bytes twice.
+    """
+    steps, transfer = 2 * (ranks - 1), megabytes / gigabytes_per_second
+    ring = steps * latency_ms + steps / ranks * transfer
+    return min(ring, 2 * math.ceil(math.log2(ranks)) * latency_ms + 2 * transfer)
 
 
 def predicted(ranks: int, work_ms: float, spread_ms: float, megabytes: float, network) -> float:
@@ -117,7 +126,7 @@ def predicted(ranks: int, work_ms: float, spread_ms: float, megabytes: float, ne
     (counts; losses and stop requests) that pay latency.
     """
     quantile = statistics.NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))
-    collectives = ring(ranks, megabytes, *network) + 2 * ring(ranks, 0, *network)
+    collectives = all_reduce(ranks, megabytes, *network) + 2 * all_reduce(ranks, 0, *network)
     return work_ms + spread_ms * max(quantile, 0.0) + collectives
 
 
