@@ -17,7 +17,7 @@ import crossing
 import tiny
 from accelerate import Accelerator
 
-from mtl_dist.runtime import start
+from mtl_dist.runtime import leave, start
 
 ROOT = Path(__file__).parent.parent
 ENGINES = {"DDP": "", "FSDP2": "fsdp2_", "ZeRO-1": "zero1_", "ZeRO-2": "zero2_", "ZeRO-3": "zero3_"}
@@ -47,7 +47,7 @@ def act(out: Path, what: str, who: str) -> None:
     (crossing.write if what == "write" else crossing.resume_all)(
         accelerator, out / "corpora", out, who
     )
-    accelerator.end_training()
+    leave(accelerator)
 
 
 def main(out: Path) -> None:

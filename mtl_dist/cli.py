@@ -25,7 +25,7 @@ from mtl_dist.experiment import Experiment, build_together
 from mtl_dist.phases import Phases
 from mtl_dist.planning import add_plan
 from mtl_dist.run_folder import RunFolder
-from mtl_dist.runtime import LaunchError, start
+from mtl_dist.runtime import LaunchError, leave, start
 from mtl_dist.tables import format_rows, per_class_rows, results_table
 
 
@@ -77,7 +77,7 @@ def run_evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
         if problem is not None:
             raise ValueError(f"the results are not to be trusted: {problem}")
     finally:
-        accelerator.end_training()
+        leave(accelerator)
 
 
 def chosen(path: Path, which: str | None) -> tuple[Path, Path, bool]:

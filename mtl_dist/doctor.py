@@ -22,7 +22,7 @@ from mtl_dist import activations, footprint, interconnect
 from mtl_dist.config import load_config
 from mtl_dist.health import FAIL, OK, WARN, Finding, existing_folder, machine_findings
 from mtl_dist.planning import FSD_CLASSES, without_corpora
-from mtl_dist.runtime import LaunchError, collect, start
+from mtl_dist.runtime import LaunchError, collect, leave, start
 from mtl_dist.tables import format_rows
 
 SEVERITY = (OK, WARN, FAIL)
@@ -77,7 +77,7 @@ def run_doctor(options: argparse.Namespace, overrides: list[str]) -> None:
         if accelerator.is_main_process:
             print(report(told))
     finally:
-        accelerator.end_training()
+        leave(accelerator)
     if any(finding.verdict == FAIL for _, finding in told):
         sys.exit(1)
 

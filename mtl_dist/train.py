@@ -20,6 +20,7 @@ from mtl_dist.runtime import (
     StopRequest,
     agree_on_folder,
     attempt,
+    leave,
     rendezvous_store,
     restarts_left,
     start,
@@ -67,7 +68,7 @@ def run(words: list[str]) -> int:
         return 128 + stop.signal
     finally:
         watchdog.close()
-        accelerator.end_training()
+        leave(accelerator)
 
 
 def open_together(accelerator, folder: RunFolder, experiment, phases: Phases) -> None:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from mtl_dist.config import load_config
 from mtl_dist.experiment import build_experiment
 from mtl_dist.round import run_round
-from mtl_dist.runtime import start
+from mtl_dist.runtime import leave, start
 
 
 def gradients_of(accelerator, experiment, subset, clip) -> tuple[dict, dict, str]:
@@ -88,7 +88,7 @@ def main(corpora: Path, out: Path, shared: Path) -> None:
     (name,) = names
     crossing.resume_all(accelerator, corpora, shared, name, newest=2)
     crossing.write(accelerator, corpora, shared, name)
-    accelerator.end_training()
+    leave(accelerator)
 
 
 main(*map(Path, sys.argv[1:]))

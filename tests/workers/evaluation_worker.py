@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from mtl_dist.config import load_config
 from mtl_dist.evaluation import evaluate
 from mtl_dist.experiment import build_experiment
+from mtl_dist.runtime import leave
 
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2
@@ -31,4 +32,4 @@ found = {
 }
 out = Path(sys.argv[2]) / f"rank_{accelerator.process_index}.json"
 out.write_text(json.dumps(found))
-accelerator.end_training()
+leave(accelerator)

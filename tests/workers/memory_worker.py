@@ -24,7 +24,7 @@ from mtl_dist.engines import make_engine
 from mtl_dist.experiment import build_experiment
 from mtl_dist.optim import make_optimizer, schedules
 from mtl_dist.round import run_round
-from mtl_dist.runtime import precision_asked_for, start
+from mtl_dist.runtime import leave, precision_asked_for, start
 
 ACCUMULATION = 4
 
@@ -93,7 +93,7 @@ def main(corpora: Path, out: Path, words: list[str]) -> None:
     result["copy_resident"] = memory("VmRSS") - kept
     del copy
     (out / f"memory_{rank}.json").write_text(json.dumps(result))
-    accelerator.end_training()
+    leave(accelerator)
 
 
 main(*map(Path, sys.argv[1:3]), sys.argv[3:])
