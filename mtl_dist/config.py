@@ -90,10 +90,8 @@ class Config:
 
     def corpora_heard(self) -> list[str]:
         """Return the corpora of the trained tasks, each once: their sources and their noise."""
-        names: list[str] = []
-        for task in self.train.tasks:
-            names += [corpus for _, corpus in self.tasks[task].corpora()]
-        return list(dict.fromkeys(names))
+        heard = [self.tasks[task].corpora() for task in self.train.tasks]
+        return list(dict.fromkeys(corpus for task in heard for _, corpus in task))
 
     def hyper_parameters(self) -> dict[str, object]:
         """Return `flat` without the tasks and corpora that this run does not use."""
