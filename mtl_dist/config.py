@@ -7,6 +7,7 @@ override: `--section.field value`. `--print_config` shows everything, `--help` e
 import dataclasses
 import difflib
 import re
+from typing import get_type_hints
 
 import jsonargparse
 import yaml
@@ -89,11 +90,8 @@ class Config:
 
     def corpora_heard(self) -> list[str]:
         """Return the corpora of the trained tasks, each once: their sources and their noise."""
-        names: list[str] = []
-        for task in self.train.tasks:
-            settings = self.tasks[task]
-            names += [*settings.sources, *([settings.noise] if hasattr(settings, "noise") else [])]
-        return list(dict.fromkeys(names))
+        heard = [self.tasks[task].corpora() for task in self.train.tasks]
+        return list(dict.fromkeys(corpus for task in heard for _, corpus in task))
 
     def hyper_parameters(self) -> dict[str, object]:
         """Return `flat` without the tasks and corpora that this run does not use."""
@@ -161,8 +159,12 @@ def _check_length(words: list[str], config: Config) -> None:
 
 
 def _make(kind: type, values: jsonargparse.Namespace, section: str):
+    """Build a section; first its fields that are dataclasses themselves."""
+    parts = {n: v for n, v in vars(values).items() if isinstance(v, jsonargparse.Namespace)}
+    types = get_type_hints(kind) if parts else {}
     try:
-        return kind(**{name: getattr(values, name) for name in vars(values)})
+        built = {name: types[name](**vars(part)) for name, part in parts.items()}
+        return kind(**vars(values) | built)
     except ValueError as error:
         raise ConfigError(f"{section}.{error}") from None
 
@@ -180,9 +182,7 @@ def _check_together(config: Config) -> None:
                 f"tasks.{name}.sources: is empty, so the task has nothing to hear; name corpora "
                 f"({', '.join(config.corpora)}) or take the task out of train.tasks"
             )
-        heard = [("sources", corpus) for corpus in task.sources]
-        heard += [("noise", task.noise)] if hasattr(task, "noise") else []
-        for field, corpus in heard:
+        for field, corpus in task.corpora():
             if corpus not in config.corpora:
                 raise ConfigError(
                     f"tasks.{name}.{field}: unknown corpus {corpus!r}{_nearest(corpus, config.corpora)} "

@@ -1,6 +1,7 @@
 """Saving and resuming a run: what checkpoint.py does on a disk, decided by all ranks together."""
 
 import copy
+import dataclasses
 import logging
 import sys
 import time
@@ -115,7 +116,10 @@ class Keeper:
             "model": vars(self.config.model),
             "data": vars(self.config.data),
             "receptive_field_samples": self.engine.bare.trunk.receptive_field,
-            "tasks": {n: vars(t.config) | {"classes": t.class_names()} for n, t in tasks.items()},
+            "tasks": {
+                n: dataclasses.asdict(t.config) | {"classes": t.class_names()}
+                for n, t in tasks.items()
+            },
         }
 
     def _resume(self) -> TrainState | None:

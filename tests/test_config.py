@@ -107,6 +107,16 @@ WRONG = {
     "--tasks.next_step.weight -1": "tasks.next_step.weight: -1.0 is not allowed",
     "--tasks.upsampling.filter_width 10": "tasks.upsampling.filter_width: 10 is not allowed; use an odd number",
     "--tasks.audio_tagging.hidden 0": "tasks.audio_tagging.hidden: 0 is not allowed; use 1 or more",
+    "--tasks.next_step.augment.gain_db [6,-6]": "tasks.next_step.augment.gain_db: (6.0, -6.0) is not allowed",
+    "--tasks.next_step.augment.gain_db [0,.nan]": "augment.gain_db: (0.0, nan) is not allowed; use [lowest, highest]",
+    "--tasks.next_step.augment.pitch_semitones [-99,0]": "within -24 to 24, or null",
+    "--tasks.next_step.augment.noise_snr_db [5,1e9]": "augment.noise_snr_db: (5.0, 1000000000.0) is not allowed",
+    "--tasks.next_step.augment.shift_probability 1.5": "augment.shift_probability: 1.5 is not allowed; use 0 to 1",
+    "--tasks.next_step.augment.noise chime3": "use it together with augment.noise_snr_db",
+    "--tasks.next_step.augment.noise chme3 --tasks.next_step.augment.noise_snr_db [1,2]": (
+        "tasks.next_step.augment.noise: unknown corpus 'chme3', did you mean 'chime3'?"
+    ),
+    "--tasks.next_step.augment.gain_bd [1,2]": "did you mean 'tasks.next_step.augment.gain_db'?",
     "--optim.learning_rate .nan": "optim.learning_rate: nan is not allowed",
     "--data.crop_seconds 1e-9": "data.crop_seconds: 1e-09 is not allowed",
     "--corpora.librispeech.hours 0": "corpora.librispeech.hours: 0.0 is not allowed",

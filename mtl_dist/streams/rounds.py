@@ -135,7 +135,7 @@ def prepare(
         keyed = keyed_generators(seed, task.name, epoch)
         try:
             clip: Clip = reader.crop(row, task.crop_samples, keyed(row["id"], "crop"))
-            parts.append(task.prepare([clip], keyed))
+            parts.append(task.prepare([task.augment(clip, keyed)], keyed))
         except BadClipError as error:
             bad.append(str(error))
             parts.append(task.prepare([reader.absent(row)], keyed))

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mtl_dist.audio.augment import Augmentation, AugmentConfig
 from mtl_dist.audio.clips import Clip, ClipReader
+from mtl_dist.corpora.noise import NoiseBank
 
 if TYPE_CHECKING:
     from mtl_dist.corpora.base import Corpus
@@ -54,6 +56,8 @@ class TaskConfig:
     """... every so many epochs; an epoch is one pass over the main task's training clips."""
     crop_seconds: float | None = None
     """Length of this task's crops; null for `data.crop_seconds`."""
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
+    """What is done to the training crops before the task makes its inputs and targets of them."""
 
     def __post_init__(self):
         for name, low in (("weight", 0.0), ("learning_rate", 0.0), ("decay_factor", 0.0)):
@@ -63,6 +67,13 @@ class TaskConfig:
             raise ValueError(f"decay_epochs: {self.decay_epochs} is not allowed; use 1 or more")
         if self.crop_seconds is not None and not self.crop_seconds > 0:
             raise ValueError(f"crop_seconds: {self.crop_seconds} is not allowed; use more than 0")
+
+    def corpora(self) -> list[tuple[str, str]]:
+        """Return (field, corpus) of all that the task hears: its sources, its own `noise`, and that of `augment`."""
+        heard = [("sources", corpus) for corpus in self.sources]
+        heard += [("noise", self.noise)] if hasattr(self, "noise") else []
+        heard += [("augment.noise", self.augment.noise)] if self.augment.noise is not None else []
+        return heard
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +104,10 @@ class Task:
             if config.crop_seconds is None
             else round(config.crop_seconds * context.rate)
         )
+        background = None
+        if config.augment.noise is not None:
+            background = NoiseBank(context.corpora[config.augment.noise], context.rate).draw
+        self.augment = Augmentation(config.augment, context.rate, background)
 
     def evaluation_clips(self, row: dict, reader: ClipReader, keyed: Keyed) -> list[Clip]:
         """Return the clips of one row that are evaluated together: by default one crop, always the same.
