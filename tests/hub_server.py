@@ -1,0 +1,232 @@
+"""A stand-in for the Hugging Face Hub on 127.0.0.1: the routes that huggingface_hub and datasets ask for, and its faults.
+
+It serves FOLDER/OWNER/NAME/... as data sets; point the client at it with HF_ENDPOINT in a process of its own, for that
+is read at import. Ranges of files are answered by a redirect to /storage/, as the Hub does.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
+
+COMMIT = hashlib.sha1(b"the only commit").hexdigest()
+ROUTES = {
+    "resolve": re.compile(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)"),
+    "storage": re.compile(r"/storage/([^/]+/[^/]+)/(.+)"),
+    "tree": re.compile(r"/api/datasets/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?"),
+    "paths-info": re.compile(r"/api/datasets/([^/]+/[^/]+)/paths-info/([^/]+)"),
+    "revision": re.compile(r"/api/datasets/([^/]+/[^/]+)/revision/([^/]+)"),
+    "info": re.compile(r"/api/datasets/([^/]+/[^/]+)"),
+}
+
+
+@dataclasses.dataclass
+class Fault:
+    """What happens to the next `times` requests of a route (a key of ROUTES) whose path contains `path`."""
+
+    kind: str  # status, stall (sends half, then nothing), trickle, cut (closes after half), slow (0.1 s before it answers)
+    route: str = "storage"
+    path: str = ".parquet"
+    times: int = 1
+    status: int = 503
+    headers: dict[str, str] = dataclasses.field(default_factory=dict)
+    seconds: float = 60.0
+
+
+class HubServer(ThreadingHTTPServer):
+    """Serves data sets until `close`; counts requests by route and bytes of files sent."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path, token: str | None = None):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.folder, self.token = folder, token
+        self.faults: list[Fault] = []
+        self.requests: Counter[str] = Counter()
+        self.log: list[str] = []
+        self.bytes_sent = 0
+        self.ended = threading.Event()
+        self.lock = threading.Lock()
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def close(self) -> None:
+        self.ended.set()
+        self.shutdown()
+        self.server_close()
+
+    def reset(self) -> None:
+        """Forget faults and counts."""
+        with self.lock:
+            self.faults.clear()
+            self.requests.clear()
+            self.log.clear()
+            self.bytes_sent = 0
+
+    def handle_error(self, request, client_address) -> None:
+        """A client that closes a connection is what the faults are for."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: HubServer
+
+    def log_message(self, *args) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def do_POST(self) -> None:
+        self.answer()
+
+    def answer(self) -> None:
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        path = unquote(urlsplit(self.path).path)
+        route, match = next(
+            ((name, m) for name, pattern in ROUTES.items() if (m := pattern.fullmatch(path))),
+            ("other", None),
+        )
+        with self.server.lock:
+            self.server.requests[route] += 1
+            self.server.log.append(f"{self.command} {self.path} {self.headers.get('Range', '')}")
+            fault = next(
+                (
+                    f
+                    for f in self.server.faults
+                    if f.route == route and f.path in path and f.times > 0
+                ),
+                None,
+            )
+            if fault:
+                fault.times -= 1
+        token = self.server.token
+        if fault and fault.kind == "status":
+            self.reply(fault.status, headers=fault.headers)
+        elif fault and fault.kind == "slow":
+            time.sleep(0.1)
+            self.dispatch(route, match, None)
+        elif (
+            token and route != "storage" and self.headers.get("Authorization") != f"Bearer {token}"
+        ):
+            self.reply(
+                401,
+                headers={"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"},
+            )
+        elif route == "storage" and "Authorization" in self.headers and False:
+            self.reply(400)
+        else:
+            self.dispatch(route, match, fault)
+
+    def dispatch(self, route: str, match: re.Match | None, fault: Fault | None) -> None:
+        if match is None:
+            return self.reply(404)
+        folder = self.server.folder / match[1]
+        if not folder.is_dir():
+            return self.reply(404, headers={"X-Error-Code": "RepoNotFound"})
+        if route in ("info", "revision"):
+            files = [{"rfilename": name} for name in self.names(folder)]
+            return self.json(
+                {"id": match[1], "sha": COMMIT, "private": False, "tags": [], "siblings": files}
+            )
+        if route == "tree":
+            return self.tree(folder, (match[3] or "").strip("/"))
+        if route == "paths-info":
+            form = parse_qs(self.body.decode())
+            paths = form.get("paths") or json.loads(self.body).get("paths", [])
+            return self.json([e for p in paths for e in self.entry(folder, folder / p.strip("/"))])
+        path = folder / match[match.lastindex]
+        if not path.is_file():
+            return self.reply(404, headers={"X-Error-Code": "EntryNotFound"})
+        if route == "resolve" and path.suffix == ".parquet" and self.command == "GET":
+            signed = f"/storage/{match[1]}/{match[match.lastindex]}?Signature=signed-secret"
+            return self.reply(302, headers={"Location": signed, **self.describe(path)})
+        return self.file(path, fault)
+
+    def names(self, folder: Path) -> list[str]:
+        return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+    def entry(self, folder: Path, path: Path) -> list[dict]:
+        name = str(path.relative_to(folder))
+        oid = hashlib.sha1(name.encode()).hexdigest()
+        if path.is_dir():
+            return [{"type": "directory", "path": name, "oid": oid, "size": 0}]
+        if path.is_file():
+            return [{"type": "file", "path": name, "oid": oid, "size": path.stat().st_size}]
+        return []
+
+    def tree(self, folder: Path, below: str) -> None:
+        root = folder / below
+        if not root.is_dir():
+            return self.reply(404, headers={"X-Error-Code": "EntryNotFound"})
+        recursive = parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() in (
+            "true",
+            "1",
+        )
+        found = sorted(root.rglob("*") if recursive else root.iterdir())
+        return self.json([e for path in found for e in self.entry(folder, path)])
+
+    def describe(self, path: Path) -> dict[str, str]:
+        etag = hashlib.sha1(f"{path}-{path.stat().st_size}".encode()).hexdigest()
+        return {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+
+    def file(self, path: Path, fault: Fault | None) -> None:
+        data, size = path.read_bytes(), path.stat().st_size
+        status, headers = 200, self.describe(path)
+        if match := re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "")):
+            first = int(match[1]) if match[1] else max(0, size - int(match[2]))
+            last = min(size - 1, int(match[2])) if match[1] and match[2] else size - 1
+            if first > last:
+                return self.reply(416)
+            data, status = data[first : last + 1], 206
+            headers["Content-Range"] = f"bytes {first}-{last}/{size}"
+        return self.reply(status, data, headers, fault)
+
+    def json(self, value: object) -> None:
+        self.reply(
+            200,
+            json.dumps(value).encode(),
+            {"Content-Type": "application/json", "X-Repo-Commit": COMMIT},
+        )
+
+    def reply(
+        self,
+        status: int,
+        data: bytes = b"",
+        headers: dict | None = None,
+        fault: Fault | None = None,
+    ) -> None:
+        self.send_response(status)
+        for name, value in {**(headers or {}), "Content-Length": str(len(data))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        sent = data[: len(data) // 2] if fault else data
+        self.wfile.write(sent)
+        with self.server.lock:
+            self.server.bytes_sent += len(sent)
+        if fault and fault.kind == "cut":
+            self.close_connection = True
+        elif fault and fault.kind == "stall":
+            self.server.ended.wait(fault.seconds)
+            self.close_connection = True
+        elif fault and fault.kind == "trickle":
+            ends = time.monotonic() + fault.seconds
+            for byte in data[len(sent) :]:
+                self.wfile.write(bytes([byte]))
+                if self.server.ended.wait(0.05) or time.monotonic() > ends:
+                    break
+            self.close_connection = True
