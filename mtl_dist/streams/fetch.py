@@ -1,233 +1,203 @@
-"""Ranges of bytes out of local files, the Hub and fsspec URLs: the one layer that retries, and says so.
+"""Single attempts to list files and to read ranges of bytes: local files, the Hub, and fsspec URLs.
 
-Every attempt is a single request; what a retry can cure is retried with exponential back-off until `patience_seconds` are
-over, everything else ends at once. Nobody below retries, so waits do not multiply. Tested by tests/test_hub.py.
+They sort what goes wrong into what a retry can cure and what it cannot (mtl_dist/streams/retry.py), and never put a
+token or a signed URL into a message. Tested by tests/test_shards.py and tests/test_hub.py.
 """
 
-import dataclasses
-import logging
+import email.utils
 import os
-import random
-import socket
-import threading
+import re
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Mapping
 from urllib.parse import unquote
 
 import fsspec
 from huggingface_hub import get_session, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import build_hf_headers
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import build_hf_headers, parse_ratelimit_headers
 
+from mtl_dist.streams.retry import HopelessError, Remote, TryAgainError, within
 from mtl_dist.streams.sources import HUB_URL, Source
 
-log = logging.getLogger("mtl_dist")
-
-Result = TypeVar("Result")
 HTTP_ERROR = HfHubHTTPError.__mro__[1]
 """Base of what the Hub's HTTP library raises; that library is another one in other versions of huggingface_hub."""
 CURABLE_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 REMEDIES = {
-    401: "log in with `hf auth login` or set HF_TOKEN, and check the data set's name",
+    401: "check the data set's name; if it is private, log in with `hf auth login` or set HF_TOKEN",
     403: "accept the data set's terms on its page, or use a token that may read it",
-    404: "the file is not there (any more): check path and revision, and start again",
+    404: "it is not there (any more): check path and revision, and start again",
     416: "the file has become shorter since it was listed: start again",
 }
 LEAST_RATE = 65_536
 """Bytes a second below which a transfer counts as stalled."""
-LONGEST_WAIT_SECONDS = 30.0
 
 
-class ShardError(RuntimeError):
-    """A shard cannot be read and no retry would cure it; names rank, corpus, file, row group and the reason."""
+def list_files(source: Source, remote: Remote) -> list[str]:
+    """List the files of a source: one attempt, though the libraries below retry here by themselves.
 
-
-class TryAgainError(Exception):
-    """An attempt failed in a way that another may cure; `wait` is how many seconds the server asked for."""
-
-    def __init__(self, reason: str, wait: float | None = None):
-        super().__init__(reason)
-        self.wait = wait
-
-
-class HopelessError(Exception):
-    """An attempt failed in a way that no other cures; the text says why and what to do."""
-
-
-@dataclasses.dataclass(kw_only=True)
-class Remote:
-    """How shards are fetched, and how long a fault of network or file system is borne."""
-
-    timeout_seconds: float = 20.0
-    """An attempt ends when nothing, or next to nothing, has arrived for so long."""
-    patience_seconds: float = 120.0
-    """From the first failed attempt on, how long to retry before the run ends."""
-    first_wait_seconds: float = 1.0
-    """Wait after the first failed attempt; doubled after each, up to 30 s. A server's Retry-After takes its place."""
-    cache: str | None = None
-    """Folder that keeps fetched blocks for later epochs and runs (not those of local files); none by default."""
-    cache_gigabytes: float = 20.0
-    """Size that the cache may have; the blocks that were not used for longest make room."""
-
-    def __post_init__(self):
-        for name in (
-            "timeout_seconds",
-            "patience_seconds",
-            "first_wait_seconds",
-            "cache_gigabytes",
-        ):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: {getattr(self, name)} is not allowed; use more than 0")
-
-
-def persist(attempt: Callable[[], Result], remote: Remote, rank: int | None, what: str) -> Result:
-    """Call `attempt` until it works; `what` names corpus and shard.
+    They wait for as long as a server tells them to, hence the time limit.
 
     Raises:
-        ShardError: no retry would cure it, or patience is over; at the latest `patience_seconds` and one attempt
-            after the first failure.
+        TryAgainError, HopelessError
     """
-    who = f"rank {rank if rank is not None else '?'} on {socket.gethostname()}, {what}"
-    wait, tries, first_failure = remote.first_wait_seconds, 0, None
-    while True:
-        tries += 1
-        try:
-            return attempt()
-        except HopelessError as error:
-            raise ShardError(f"{who}: {error}") from error
-        except TryAgainError as error:
-            now = time.monotonic()
-            first_failure = first_failure or now
-            pause = error.wait if error.wait is not None else wait * random.uniform(0.75, 1.25)
-            left = first_failure + remote.patience_seconds - now
-            if pause > left:
-                asked = (
-                    f"; the server asks for {error.wait:.0f} s" if error.wait is not None else ""
+    try:
+        return within(remote.patience_seconds, source.list_files)
+    except TimeoutError as error:
+        raise HopelessError(
+            f"the files could not be listed: {error} (patience_seconds); check the network or try later"
+        ) from error
+    except (HTTP_ERROR, OSError, ValueError, ImportError) as error:
+        chain = list(_chain(error))
+        for link in chain:
+            if isinstance(link, OfflineModeIsEnabled):
+                raise HopelessError(f"{link}; unset HF_HUB_OFFLINE, or use local files") from None
+            if isinstance(link, HfHubHTTPError):
+                _refuse(
+                    link.response.status_code, link.server_message, link.response.headers, error
                 )
-                raise ShardError(
-                    f"{who}: {error}{asked}; gave up after {tries} attempts in {now - first_failure:.1f} s "
-                    f"(patience_seconds: {remote.patience_seconds:g})"
-                ) from error
-            log.warning("%s: %s; attempt %d, again in %.1f s", who, error, tries, pause)
-        time.sleep(pause)
-        wait = min(2 * wait, LONGEST_WAIT_SECONDS)
+        if any(
+            isinstance(link, ConnectionError | TimeoutError) or _of_transport(link)
+            for link in chain
+        ):
+            raise TryAgainError(f"{type(error).__name__}: {error}") from error
+        raise HopelessError(f"{type(error).__name__}: {error}") from error
 
 
-def within(seconds: float, action: Callable[[], Result]) -> Result:
-    """Return `action()`, or raise TryAgainError after `seconds`: for libraries that have no time limit of their own.
-
-    The thread of an action that is late stays behind, as a daemon, until the library lets go of it.
-    """
-    results: list[Result] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(action())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    if thread.is_alive():
-        raise TryAgainError(f"no answer in {seconds:.0f} s")
-    return results[0]
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what caused it: `datasets` hides the Hub's answer behind errors of its own."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
-def read_range(file: str, start: int, end: int, received: bytearray, remote: Remote) -> int:
-    """Add bytes start .. end - 1 of `file` to `received`, after those that are there; return the file's size.
+def _of_transport(error: BaseException) -> bool:
+    return isinstance(error, HTTP_ERROR) and not isinstance(error, HfHubHTTPError)
 
-    What arrived before a failure stays in `received`, and the next attempt goes on from there. A negative start counts
-    from the end, where `end` is ignored.
+
+def read_range(file: str, start: int, end: int, received: bytearray, remote: Remote) -> int | None:
+    """Add bytes start .. end - 1 of `file` to `received`, after those that are there; return the file's size if known.
+
+    What arrived before a failure may stay in `received`, and the next attempt goes on from there.
 
     Raises:
         TryAgainError, HopelessError
     """
     if match := HUB_URL.fullmatch(file):
-        size = _from_hub(match, start, end, received, remote)
+        size = _from_hub(match, f"{start + len(received)}-{end - 1}", received, remote)
     elif "://" in file:
         size = _from_url(file, start, end, received, remote)
     else:
         size = _from_disk(file, start, end, received)
-    if start >= 0 and len(received) < end - start:
-        raise TryAgainError(f"the transfer was cut after {len(received)} of {end - start} bytes")
+    if len(received) != end - start:
+        raise TryAgainError(f"the transfer was cut: {len(received)} of {end - start} bytes")
     return size
 
 
-def _from_disk(file: str, start: int, end: int, received: bytearray) -> int:
+def read_tail(file: str, count: int, remote: Remote) -> tuple[bytes, int]:
+    """Return the last `count` bytes of a file (all, if it is shorter) and its size; raises as `read_range` does."""
+    received = bytearray()
+    if match := HUB_URL.fullmatch(file):
+        size = _from_hub(match, f"-{count}", received, remote)
+    elif "://" in file:
+        size = _from_url(file, -count, None, received, remote)
+    else:
+        size = _from_disk(file, -count, None, received)
+    return bytes(received), size
+
+
+def _from_disk(file: str, start: int, end: int | None, received: bytearray) -> int:
     try:
         with open(file, "rb", buffering=0) as handle:
             size = os.fstat(handle.fileno()).st_size
-            first = start if start >= 0 else max(0, size + start)
-            received[:] = os.pread(handle.fileno(), (end if start >= 0 else size) - first, first)
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        raise HopelessError(f"{error.strerror}: put the file back or start again") from error
+            first, last = _absolute(start, end, size)
+            received[:] = os.pread(handle.fileno(), last - first, first)
+    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        raise HopelessError(f"{error.strerror}; put it back, or start again") from error
     except OSError as error:  # a shared file system that is away for a moment
-        raise TryAgainError(f"{type(error).__name__}: {error}") from error
-    if start >= 0 and end > size:
+        raise TryAgainError(f"{type(error).__name__}: {error.strerror}") from error
+    return size
+
+
+def _absolute(start: int, end: int | None, size: int) -> tuple[int, int]:
+    """Resolve a start that counts from the end. Raises HopelessError where the file is too short."""
+    first, last = (max(0, size + start), size) if end is None else (start, end)
+    if last > size:
         raise HopelessError(
-            f"the file has {size} bytes, fewer than when it was listed: start again"
+            f"the file has become shorter, {size} bytes: put it back, or start again"
         )
-    return size
+    return first, last
 
 
-def _from_url(file: str, start: int, end: int, received: bytearray, remote: Remote) -> int:
-    def fetch() -> tuple[bytes, int]:
+def _from_url(
+    file: str, start: int, end: int | None, received: bytearray, remote: Remote
+) -> int | None:
+    def fetch() -> tuple[bytes, int | None]:
         system, path = fsspec.url_to_fs(file)
-        if start >= 0:
-            return system.cat_file(path, start=start, end=end), -1
-        size = system.size(path)
-        return system.cat_file(path, start=max(0, size + start), end=size), size
+        if end is not None:
+            return system.cat_file(path, start=start, end=end), None
+        size = system.info(path)["size"]
+        first, last = _absolute(start, end, size)
+        return system.cat_file(path, start=first, end=last), size
 
-    seconds = remote.timeout_seconds + (end - start) / LEAST_RATE
+    span = -start if end is None else end - start
     try:
-        received[:], size = within(seconds, fetch)
+        received[:], size = within(remote.timeout_seconds + span / LEAST_RATE, fetch)
     except (FileNotFoundError, PermissionError, ImportError) as error:
-        raise HopelessError(f"{type(error).__name__}: {error}") from error
-    except TryAgainError:
+        raise HopelessError(f"{type(error).__name__}: {error}; check path and access") from error
+    except HopelessError:
         raise
-    except Exception as error:  # each file system raises errors of its own
+    except (
+        Exception
+    ) as error:  # every file system has errors of its own, and most are the network's
         raise TryAgainError(f"{type(error).__name__}: {error}") from error
     return size
 
 
-def _from_hub(match, start: int, end: int, received: bytearray, remote: Remote) -> int:
+def _from_hub(match: re.Match, span: str, received: bytearray, remote: Remote) -> int:
     url = hf_hub_url(
         match["repo"], match["path"], repo_type="dataset", revision=unquote(match["revision"])
     )
-    span = f"bytes={start + len(received)}-{end - 1}" if start >= 0 else f"bytes={start}"
-    if start < 0:
-        received.clear()
-    headers = build_hf_headers() | {"Range": span, "Accept-Encoding": "identity"}
+    headers = build_hf_headers() | {"Range": f"bytes={span}", "Accept-Encoding": "identity"}
     try:
         with get_session().stream(
             "GET", url, headers=headers, timeout=remote.timeout_seconds, follow_redirects=True
         ) as response:
-            _check_status(response)
+            if response.status_code != 206:
+                said = response.headers.get("X-Error-Message") or response.reason_phrase
+                _refuse(response.status_code, said, response.headers, None)
+                raise HopelessError("the server does not serve ranges of bytes (HTTP 200)")
             _receive(response.iter_raw(), received, remote.timeout_seconds)
             return int(response.headers["Content-Range"].rpartition("/")[2])
     except (HTTP_ERROR, OSError) as error:
         raise TryAgainError(f"{type(error).__name__}: {error}") from error
 
 
-def _check_status(response) -> None:
-    status = response.status_code
-    if status == 206:
+def _refuse(
+    status: int, said: str | None, headers: Mapping[str, str], error: Exception | None
+) -> None:
+    """Raise what an HTTP status of 400 and above stands for; the text of a caught error says more than the server's."""
+    if status < 400:
         return
-    # The server's word only: a redirected URL carries a signature, which must not be in a log.
-    said = response.headers.get("X-Error-Message", response.reason_phrase)
+    reason = f"HTTP {status} ({said or 'no reason given'})"
     if status in CURABLE_STATUS:
-        after = response.headers.get("Retry-After", "")
-        raise TryAgainError(f"HTTP {status} ({said})", float(after) if after.isdigit() else None)
-    remedy = REMEDIES.get(status, "the server does not serve ranges of bytes")
-    raise HopelessError(f"HTTP {status} ({said}): {remedy}")
+        raise TryAgainError(reason, _asked_wait(headers)) from error
+    text = "" if error is None else f"; {type(error).__name__}: {error}"
+    raise HopelessError(f"{reason}: {REMEDIES.get(status, 'no retry will help')}{text}") from error
 
 
-def _receive(chunks, received: bytearray, timeout: float) -> None:
+def _asked_wait(headers: Mapping[str, str]) -> float | None:
+    """Return how many seconds the server asks to wait: Retry-After as a number or a date, or the Hub's own header."""
+    limit = parse_ratelimit_headers(headers)
+    if limit is not None and limit.remaining == 0:
+        return float(limit.reset_in_seconds)
+    after = headers.get("Retry-After", "")
+    if after.isdigit():
+        return float(after)
+    date = email.utils.parsedate_tz(after)
+    return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else None
+
+
+def _receive(chunks: Iterable[bytes], received: bytearray, timeout: float) -> None:
     """Collect the chunks; a trickle below LEAST_RATE over `timeout` seconds counts as a stall."""
     since, before = time.monotonic(), len(received)
     for chunk in chunks:
@@ -238,22 +208,3 @@ def _receive(chunks, received: bytearray, timeout: float) -> None:
             if arrived < LEAST_RATE * seconds:
                 raise TryAgainError(f"stalled: {arrived} bytes in {seconds:.1f} s")
             since, before = time.monotonic(), len(received)
-
-
-def list_files(source: Source, remote: Remote) -> list[str]:
-    """One attempt to list the files of a source.
-
-    The layers below retry by themselves here, for as long as a server tells them to: so there is a time limit.
-
-    Raises:
-        TryAgainError, HopelessError
-    """
-    try:
-        return within(remote.patience_seconds, source.list_files)
-    except (FileNotFoundError, ValueError, ImportError, PermissionError) as error:
-        raise HopelessError(f"{error}") from error
-    except HfHubHTTPError as error:
-        _check_status(error.response)
-        raise
-    except (HTTP_ERROR, OSError) as error:
-        raise TryAgainError(f"{type(error).__name__}: {error}") from error

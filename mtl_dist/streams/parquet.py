@@ -88,9 +88,11 @@ class Window(io.RawIOBase):
         self.position = origin + offset
         return self.position
 
-    def read(self, count: int = -1) -> bytes:
-        """Return `count` bytes, which must lie in one of the ranges."""
+    def read(self, count: int = -1) -> memoryview:
+        """Return `count` bytes, or fewer (none) where they do not lie in one of the ranges."""
         place = bisect.bisect_right(self.starts, self.position) - 1
+        if place < 0:
+            return memoryview(b"")
         start = self.starts[place]
         first = self.position - start
         data = memoryview(self.parts[start])[first : first + count]

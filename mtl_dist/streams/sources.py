@@ -26,8 +26,8 @@ class Source:
     """One place that a corpus comes from."""
 
     path: str
-    """A data set of the Hub, such as openslr/librispeech_asr; or Parquet: a file, a glob (data/*.parquet) or a folder, local or
-    of any fsspec URL (s3://, gs://, hf://datasets/, memory://). What exists locally is taken for local."""
+    """A data set of the Hub, such as openslr/librispeech_asr; or Parquet: a file, a glob (data/*.parquet) or a folder,
+    local or of any fsspec URL (s3://, gs://, hf://datasets/, memory://). What exists locally is taken for local."""
     config: str | None = None
     """Configuration of a Hub data set, such as clean."""
     split: str | None = None
@@ -85,7 +85,7 @@ class Source:
 
 def _files_of_path(path: str) -> list[str]:
     """Files of a local path or URL that is a file, a glob or a folder."""
-    system, root = fsspec.url_to_fs(str(path))
+    system, root = fsspec.url_to_fs(path if "://" in path else str(Path(path).expanduser()))
     if GLOB.search(root):
         found = system.glob(root)
     elif system.isdir(root):
