@@ -30,7 +30,8 @@ ROUTES = {
 class Fault:
     """What happens to the next `times` requests of a route (a key of ROUTES) whose path contains `path`."""
 
-    kind: str  # status, stall (sends half, then nothing), trickle, cut (closes after half), slow (0.1 s before it answers)
+    kind: str
+    """status; stall (half, then nothing); trickle (half, then a byte at a time); cut (closes after half); slow (0.1 s)."""
     route: str = "storage"
     path: str = ".parquet"
     times: int = 1
@@ -44,9 +45,10 @@ class HubServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, folder: Path, token: str | None = None):
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.folder, self.token = folder, token
+    def __init__(self, folder: Path, port: int = 0):
+        super().__init__(("127.0.0.1", port), _Handler)
+        self.folder = folder
+        self.token: str | None = None
         self.faults: list[Fault] = []
         self.requests: Counter[str] = Counter()
         self.log: list[str] = []
@@ -65,8 +67,9 @@ class HubServer(ThreadingHTTPServer):
         self.server_close()
 
     def reset(self) -> None:
-        """Forget faults and counts."""
+        """Forget faults, counts and the token."""
         with self.lock:
+            self.token = None
             self.faults.clear()
             self.requests.clear()
             self.log.clear()
@@ -112,12 +115,15 @@ class _Handler(BaseHTTPRequestHandler):
             )
             if fault:
                 fault.times -= 1
+        self.fault = fault
         token = self.server.token
         if fault and fault.kind == "status":
+            self.fault = None
             self.reply(fault.status, headers=fault.headers)
         elif fault and fault.kind == "slow":
             time.sleep(0.1)
-            self.dispatch(route, match, None)
+            self.fault = None
+            self.dispatch(route, match)
         elif (
             token and route != "storage" and self.headers.get("Authorization") != f"Bearer {token}"
         ):
@@ -125,17 +131,19 @@ class _Handler(BaseHTTPRequestHandler):
                 401,
                 headers={"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"},
             )
-        elif route == "storage" and "Authorization" in self.headers and False:
-            self.reply(400)
+        elif route == "storage" and "Authorization" in self.headers:
+            self.reply(400)  # as S3 does: the token must not leave the Hub
         else:
-            self.dispatch(route, match, fault)
+            self.dispatch(route, match)
 
-    def dispatch(self, route: str, match: re.Match | None, fault: Fault | None) -> None:
+    def dispatch(self, route: str, match: re.Match | None) -> None:
         if match is None:
             return self.reply(404)
         folder = self.server.folder / match[1]
         if not folder.is_dir():
             return self.reply(404, headers={"X-Error-Code": "RepoNotFound"})
+        if route not in ("info", "storage") and match[2] not in ("main", COMMIT):
+            return self.reply(404, headers={"X-Error-Code": "RevisionNotFound"})
         if route in ("info", "revision"):
             files = [{"rfilename": name} for name in self.names(folder)]
             return self.json(
@@ -151,9 +159,12 @@ class _Handler(BaseHTTPRequestHandler):
         if not path.is_file():
             return self.reply(404, headers={"X-Error-Code": "EntryNotFound"})
         if route == "resolve" and path.suffix == ".parquet" and self.command == "GET":
-            signed = f"/storage/{match[1]}/{match[match.lastindex]}?Signature=signed-secret"
+            host = (
+                f"http://localhost:{self.server.server_port}"  # another origin than the endpoint's
+            )
+            signed = f"{host}/storage/{match[1]}/{match[match.lastindex]}?Signature=signed-secret"
             return self.reply(302, headers={"Location": signed, **self.describe(path)})
-        return self.file(path, fault)
+        return self.file(path)
 
     def names(self, folder: Path) -> list[str]:
         return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
@@ -182,7 +193,7 @@ class _Handler(BaseHTTPRequestHandler):
         etag = hashlib.sha1(f"{path}-{path.stat().st_size}".encode()).hexdigest()
         return {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
 
-    def file(self, path: Path, fault: Fault | None) -> None:
+    def file(self, path: Path) -> None:
         data, size = path.read_bytes(), path.stat().st_size
         status, headers = 200, self.describe(path)
         if match := re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "")):
@@ -192,7 +203,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return self.reply(416)
             data, status = data[first : last + 1], 206
             headers["Content-Range"] = f"bytes {first}-{last}/{size}"
-        return self.reply(status, data, headers, fault)
+        return self.reply(status, data, headers)
 
     def json(self, value: object) -> None:
         self.reply(
@@ -201,32 +212,23 @@ class _Handler(BaseHTTPRequestHandler):
             {"Content-Type": "application/json", "X-Repo-Commit": COMMIT},
         )
 
-    def reply(
-        self,
-        status: int,
-        data: bytes = b"",
-        headers: dict | None = None,
-        fault: Fault | None = None,
-    ) -> None:
+    def reply(self, status: int, data: bytes = b"", headers: dict | None = None) -> None:
         self.send_response(status)
         for name, value in {**(headers or {}), "Content-Length": str(len(data))}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
             return
-        sent = data[: len(data) // 2] if fault else data
-        self.wfile.write(sent)
+        sent = data[: len(data) // 2] if self.fault else data
         with self.server.lock:
             self.server.bytes_sent += len(sent)
-        if fault and fault.kind == "cut":
-            self.close_connection = True
-        elif fault and fault.kind == "stall":
-            self.server.ended.wait(fault.seconds)
-            self.close_connection = True
-        elif fault and fault.kind == "trickle":
-            ends = time.monotonic() + fault.seconds
+        self.wfile.write(sent)
+        if self.fault and self.fault.kind == "stall":
+            self.server.ended.wait(self.fault.seconds)
+        elif self.fault and self.fault.kind == "trickle":
+            ends = time.monotonic() + self.fault.seconds
             for byte in data[len(sent) :]:
                 self.wfile.write(bytes([byte]))
-                if self.server.ended.wait(0.05) or time.monotonic() > ends:
+                if self.server.ended.wait(0.02) or time.monotonic() > ends:
                     break
-            self.close_connection = True
+        self.close_connection = self.fault is not None

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from urllib.parse import unquote
 
 import fsspec
+from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import get_session, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, parse_ratelimit_headers
@@ -60,7 +61,8 @@ def list_files(source: Source, remote: Remote) -> list[str]:
             for link in chain
         ):
             raise TryAgainError(f"{type(error).__name__}: {error}") from error
-        raise HopelessError(f"{type(error).__name__}: {error}") from error
+        hint = f"; {REMEDIES[401]}" if isinstance(error, DatasetNotFoundError) else ""
+        raise HopelessError(f"{type(error).__name__}: {error}{hint}") from error
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
