@@ -4,10 +4,12 @@ It serves FOLDER/OWNER/NAME/... as data sets; point the client at it with HF_END
 is read at import. Ranges of files are answered by a redirect to /storage/, as the Hub does.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import re
+import socket
 import threading
 import time
 from collections import Counter
@@ -54,6 +56,7 @@ class HubServer(ThreadingHTTPServer):
         self.log: list[str] = []
         self.bytes_sent = 0
         self.ended = threading.Event()
+        self.connections: list[socket.socket] = []
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -61,10 +64,23 @@ class HubServer(ThreadingHTTPServer):
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
+    def get_request(self) -> tuple[socket.socket, tuple]:
+        connection, address = super().get_request()
+        self.connections.append(connection)
+        return connection, address
+
     def close(self) -> None:
+        """Stop listening, and hang up on everyone."""
         self.ended.set()
         self.shutdown()
         self.server_close()
+        for connection in self.connections:
+            with contextlib.suppress(OSError):  # closed already
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def reopen(self) -> None:
+        """Listen on the same port again after `close`."""
+        self.__init__(self.folder, self.server_port)
 
     def reset(self) -> None:
         """Forget faults, counts and the token."""

@@ -134,7 +134,6 @@ def _from_url(
     file: str, start: int, end: int | None, received: bytearray, remote: Remote
 ) -> int | None:
     def fetch() -> tuple[bytes, int | None]:
-        system, path = fsspec.url_to_fs(file)
         if end is not None:
             return system.cat_file(path, start=start, end=end), None
         size = system.info(path)["size"]
@@ -143,6 +142,8 @@ def _from_url(
 
     span = -start if end is None else end - start
     try:
+        # Outside `within`: fsspec makes, and keeps, one file system for every thread that asks.
+        system, path = fsspec.url_to_fs(file)
         received[:], size = within(remote.timeout_seconds + span / LEAST_RATE, fetch)
     except (FileNotFoundError, PermissionError, ImportError) as error:
         raise HopelessError(f"{type(error).__name__}: {error}; check path and access") from error

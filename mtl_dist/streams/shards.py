@@ -257,7 +257,9 @@ class Shards:
         self, file: ShardFile, groups: list[int], columns: list[str], parts: dict, what: str
     ) -> pa.Table:
         try:
-            reader = pq.ParquetFile(Window(parts, file.size), metadata=file.meta())
+            # Without pre_buffer, which would join ranges across bytes that were not fetched.
+            window = Window(parts, file.size)
+            reader = pq.ParquetFile(window, metadata=file.meta(), pre_buffer=False)
             return reader.read_row_groups(groups, columns=columns, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise ShardError(
