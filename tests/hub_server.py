@@ -1,7 +1,8 @@
 """A stand-in for the Hugging Face Hub on 127.0.0.1: the routes that huggingface_hub and datasets ask for, and its faults.
 
-It serves FOLDER/OWNER/NAME/... as data sets; point the client at it with HF_ENDPOINT in a process of its own, for that
-is read at import. Ranges of files are answered by a redirect to /storage/, as the Hub does.
+It serves FOLDER/OWNER/NAME/... as data sets (and OWNER/NAME@parquet as the branch refs/convert/parquet of one); point the
+client at it with HF_ENDPOINT in a process of its own, for that is read at import. Requests for Parquet are answered by a
+redirect to /storage/ of another origin, as the Hub does.
 """
 
 import contextlib
@@ -17,7 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-COMMIT = hashlib.sha1(b"the only commit").hexdigest()
+COMMIT = hashlib.sha1(b"main").hexdigest()
+CONVERTED = hashlib.sha1(b"refs/convert/parquet").hexdigest()
 ROUTES = {
     "resolve": re.compile(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)"),
     "storage": re.compile(r"/storage/([^/]+/[^/]+)/(.+)"),
@@ -113,11 +115,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        path = unquote(urlsplit(self.path).path)
+        quoted = urlsplit(
+            self.path
+        ).path  # a branch such as refs%2Fconvert%2Fparquet is one part of the path
+        path = unquote(quoted)
         route, match = next(
-            ((name, m) for name, pattern in ROUTES.items() if (m := pattern.fullmatch(path))),
+            ((name, m) for name, pattern in ROUTES.items() if (m := pattern.fullmatch(quoted))),
             ("other", None),
         )
+        parts = [unquote(part or "") for part in match.groups()] if match else []
         with self.server.lock:
             self.server.requests[route] += 1
             self.server.log.append(f"{self.command} {self.path} {self.headers.get('Range', '')}")
@@ -139,7 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault and fault.kind == "slow":
             time.sleep(0.1)
             self.fault = None
-            self.dispatch(route, match)
+            self.dispatch(route, parts)
         elif (
             token and route != "storage" and self.headers.get("Authorization") != f"Bearer {token}"
         ):
@@ -150,35 +156,44 @@ class _Handler(BaseHTTPRequestHandler):
         elif route == "storage" and "Authorization" in self.headers:
             self.reply(400)  # as S3 does: the token must not leave the Hub
         else:
-            self.dispatch(route, match)
+            self.dispatch(route, parts)
 
-    def dispatch(self, route: str, match: re.Match | None) -> None:
-        if match is None:
+    def dispatch(self, route: str, parts: list[str]) -> None:
+        if not parts:
             return self.reply(404)
-        folder = self.server.folder / match[1]
+        revision = parts[1] if route not in ("info", "storage") else "main"
+        converted = revision in ("refs/convert/parquet", CONVERTED)
+        self.commit = CONVERTED if converted else COMMIT
+        folder = self.server.folder / (parts[0] + "@parquet" * converted)
         if not folder.is_dir():
             return self.reply(404, headers={"X-Error-Code": "RepoNotFound"})
-        if route not in ("info", "storage") and match[2] not in ("main", COMMIT):
+        if revision not in ("main", COMMIT, "refs/convert/parquet", CONVERTED):
             return self.reply(404, headers={"X-Error-Code": "RevisionNotFound"})
         if route in ("info", "revision"):
             files = [{"rfilename": name} for name in self.names(folder)]
             return self.json(
-                {"id": match[1], "sha": COMMIT, "private": False, "tags": [], "siblings": files}
+                {
+                    "id": parts[0],
+                    "sha": self.commit,
+                    "private": False,
+                    "tags": [],
+                    "siblings": files,
+                }
             )
         if route == "tree":
-            return self.tree(folder, (match[3] or "").strip("/"))
+            return self.tree(folder, parts[2].strip("/"))
         if route == "paths-info":
             form = parse_qs(self.body.decode())
             paths = form.get("paths") or json.loads(self.body).get("paths", [])
             return self.json([e for p in paths for e in self.entry(folder, folder / p.strip("/"))])
-        path = folder / match[match.lastindex]
+        path = folder / parts[-1]
         if not path.is_file():
             return self.reply(404, headers={"X-Error-Code": "EntryNotFound"})
         if route == "resolve" and path.suffix == ".parquet" and self.command == "GET":
             host = (
                 f"http://localhost:{self.server.server_port}"  # another origin than the endpoint's
             )
-            signed = f"{host}/storage/{match[1]}/{match[match.lastindex]}?Signature=signed-secret"
+            signed = f"{host}/storage/{folder.relative_to(self.server.folder)}/{parts[-1]}?Signature=signed-secret"
             return self.reply(302, headers={"Location": signed, **self.describe(path)})
         return self.file(path)
 
@@ -207,7 +222,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def describe(self, path: Path) -> dict[str, str]:
         etag = hashlib.sha1(f"{path}-{path.stat().st_size}".encode()).hexdigest()
-        return {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        return {"ETag": f'"{etag}"', "X-Repo-Commit": self.commit, "Accept-Ranges": "bytes"}
 
     def file(self, path: Path) -> None:
         data, size = path.read_bytes(), path.stat().st_size
@@ -225,7 +240,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.reply(
             200,
             json.dumps(value).encode(),
-            {"Content-Type": "application/json", "X-Repo-Commit": COMMIT},
+            {"Content-Type": "application/json", "X-Repo-Commit": self.commit},
         )
 
     def reply(self, status: int, data: bytes = b"", headers: dict | None = None) -> None:

@@ -4,6 +4,7 @@ The client is huggingface_hub and datasets themselves, in a process whose HF_END
 """
 
 import concurrent.futures
+import json
 import multiprocessing
 import pickle
 import shutil
@@ -44,6 +45,16 @@ FILES = {
 """Rows of each row group of each file."""
 
 
+FEATURES = {
+    "file": {"dtype": "string", "_type": "Value"},
+    "audio": {"sampling_rate": 16000, "_type": "Audio"},
+    "text": {"dtype": "string", "_type": "Value"},
+    "speaker_id": {"dtype": "int64", "_type": "Value"},
+    "chapter_id": {"dtype": "int64", "_type": "Value"},
+    "id": {"dtype": "string", "_type": "Value"},
+}
+
+
 def write_librispeech(folder: Path) -> dict[str, list[dict]]:
     """Write the data set as the Hub lays it out; return the rows of each split."""
     written: dict[str, list[dict]] = {}
@@ -56,7 +67,9 @@ def write_librispeech(folder: Path) -> dict[str, list[dict]]:
             for count in groups:
                 part = [row_of(split, len(rows) + i, draw) for i in range(count)]
                 rows += part
-                table = pa.Table.from_pylist(part)
+                table = pa.Table.from_pylist(part).replace_schema_metadata(
+                    {"huggingface": json.dumps({"info": {"features": FEATURES}})}
+                )
                 path = folder / split / f"{number:04d}.parquet"
                 writer = writer or pq.ParquetWriter(path, table.schema)
                 writer.write_table(table)
@@ -341,6 +354,19 @@ def test_a_url_of_hub_files_is_pinned_to_the_commit(hub, client):
         pickle.loads(sent).files[0].startswith(f"hf://datasets/openslr/librispeech_asr@{COMMIT}/")
     )
     assert client("read", sent, [3])["result"] == [audio_of(hub.written["clean/train.100"])[19:]]
+
+
+def test_a_data_set_that_is_not_parquet_is_read_from_the_branch_that_the_hub_converts(hub, client):
+    (hub.folder / "someone/noise").mkdir(parents=True)
+    (hub.folder / "someone/noise/BGD_1_010_BUS.CH1.wav").write_bytes(b"RIFF")
+    split = hub.folder / "someone/noise@parquet" / "default" / "train"
+    shutil.copytree(hub.folder / "openslr/librispeech_asr/clean/test", split)
+    refused = client("open_shards", "noise", [Source(path="someone/noise")], **FAST)["error"]
+    assert "BUS.CH1.wav is not Parquet" in refused
+    assert "revision: refs/convert/parquet" in refused
+    source = Source(path="someone/noise", revision="refs/convert/parquet")
+    sent = client("open_shards", "noise", [source], **FAST)["result"]
+    assert client("read", sent, [0])["result"] == [audio_of(hub.written["clean/test"])]
 
 
 def test_a_shard_that_vanishes_is_named(client, copy_of_hub):

@@ -45,7 +45,8 @@ def list_files(source: Source, remote: Remote) -> list[str]:
         return within(remote.patience_seconds, source.list_files)
     except TimeoutError as error:
         raise HopelessError(
-            f"the files could not be listed: {error} (patience_seconds); check the network or try later"
+            f"the files could not be listed: {error} (patience_seconds; warnings of huggingface_hub above say more); "
+            "check the network or try later"
         ) from error
     except (HTTP_ERROR, OSError, ValueError, ImportError) as error:
         chain = list(_chain(error))

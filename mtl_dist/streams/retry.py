@@ -74,7 +74,7 @@ def persist(attempt: Callable[[], Result], remote: Remote, rank: int | None, wha
             raise ShardError(f"{who}: {error}") from error
         except TryAgainError as error:
             now = time.monotonic()
-            first_failure = first_failure or now
+            first_failure = now if first_failure is None else first_failure
             # Spread, so that a thousand ranks do not come back in the same instant.
             pause = (wait if error.wait is None else error.wait) * random.uniform(1, 1.25)
             if now + pause > first_failure + remote.patience_seconds:
@@ -111,7 +111,7 @@ def within(seconds: float, action: Callable[[], Result]) -> Result:
     thread.start()
     thread.join(seconds)
     if not outcome:
-        raise TimeoutError(f"no answer in {seconds:g} s")
+        raise TimeoutError(f"no answer in {seconds:.1f} s")
     result, error = outcome[0]
     if error is not None:
         raise error

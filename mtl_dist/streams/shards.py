@@ -94,6 +94,7 @@ class Shards:
                 if count := meta.row_group(group).num_rows:
                     places.append((number, group))
                     rows.append(count)
+        self.files = [files[number].path for number, _ in places]
         self._places = np.array(places, np.int64).reshape(-1, 2)
         self.rows = np.array(rows, np.int64)
         self.source = np.array([files[number].source for number, _ in places], np.int64)
@@ -110,10 +111,13 @@ class Shards:
 
         Raises:
             ShardError: a source is not there or has no rows, or a file is cut short or lacks a column.
+            ValueError: no sources.
         """
         remote = remote or Remote()
         sources = [sources] if isinstance(sources, Source | str) else sources
         sources = [s if isinstance(s, Source) else Source(path=s) for s in sources]
+        if not sources:
+            raise ValueError(f"corpora.{corpus}: there are no sources; name at least one")
         files: list[ShardFile] = []
         for number, source in enumerate(sources):
             what = f"corpus {corpus}, source {source.path}"
@@ -133,11 +137,6 @@ class Shards:
         shards = cls(corpus, sources, files, remote)
         shards.rank = rank
         return shards
-
-    @property
-    def files(self) -> list[str]:
-        """File of each block."""
-        return [self._files[number].path for number, _ in self._places]
 
     def __len__(self) -> int:
         return len(self.rows)
