@@ -77,48 +77,49 @@ def _of_transport(error: BaseException) -> bool:
     return isinstance(error, HTTP_ERROR) and not isinstance(error, HfHubHTTPError)
 
 
-def read_range(file: str, start: int, end: int, received: bytearray, remote: Remote) -> int | None:
-    """Add bytes start .. end - 1 of `file` to `received`, after those that are there; return the file's size if known.
+def read_range(
+    file: str, start: int, end: int, received: bytearray, remote: Remote
+) -> tuple[bytes | bytearray, int | None]:
+    """Return bytes start .. end - 1 of a file, and its size where it is known.
 
-    What arrived before a failure may stay in `received`, and the next attempt goes on from there.
+    What arrives of a long transfer before it fails is put into `received`, and the next attempt goes on from there.
 
     Raises:
         TryAgainError, HopelessError
     """
     if match := HUB_URL.fullmatch(file):
         size = _from_hub(match, f"{start + len(received)}-{end - 1}", received, remote)
+        data = received
     elif "://" in file:
-        size = _from_url(file, start, end, received, remote)
+        data, size = _from_url(file, start, end, remote)
     else:
-        size = _from_disk(file, start, end, received)
-    if len(received) != end - start:
-        raise TryAgainError(f"the transfer was cut: {len(received)} of {end - start} bytes")
-    return size
+        data, size = _from_disk(file, start, end)
+    if len(data) != end - start:
+        raise TryAgainError(f"the transfer was cut: {len(data)} of {end - start} bytes")
+    return data, size
 
 
 def read_tail(file: str, count: int, remote: Remote) -> tuple[bytes, int]:
     """Return the last `count` bytes of a file (all, if it is shorter) and its size; raises as `read_range` does."""
-    received = bytearray()
     if match := HUB_URL.fullmatch(file):
+        received = bytearray()
         size = _from_hub(match, f"-{count}", received, remote)
-    elif "://" in file:
-        size = _from_url(file, -count, None, received, remote)
-    else:
-        size = _from_disk(file, -count, None, received)
-    return bytes(received), size
+        return bytes(received), size
+    if "://" in file:
+        return _from_url(file, -count, None, remote)
+    return _from_disk(file, -count, None)
 
 
-def _from_disk(file: str, start: int, end: int | None, received: bytearray) -> int:
+def _from_disk(file: str, start: int, end: int | None) -> tuple[bytes, int]:
     try:
         with open(file, "rb", buffering=0) as handle:
             size = os.fstat(handle.fileno()).st_size
             first, last = _absolute(start, end, size)
-            received[:] = os.pread(handle.fileno(), last - first, first)
+            return os.pread(handle.fileno(), last - first, first), size
     except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
         raise HopelessError(f"{error.strerror}; put it back, or start again") from error
     except OSError as error:  # a shared file system that is away for a moment
         raise TryAgainError(f"{type(error).__name__}: {error.strerror}") from error
-    return size
 
 
 def _absolute(start: int, end: int | None, size: int) -> tuple[int, int]:
@@ -131,9 +132,7 @@ def _absolute(start: int, end: int | None, size: int) -> tuple[int, int]:
     return first, last
 
 
-def _from_url(
-    file: str, start: int, end: int | None, received: bytearray, remote: Remote
-) -> int | None:
+def _from_url(file: str, start: int, end: int | None, remote: Remote) -> tuple[bytes, int | None]:
     def fetch() -> tuple[bytes, int | None]:
         if end is not None:
             return system.cat_file(path, start=start, end=end), None
@@ -145,7 +144,7 @@ def _from_url(
     try:
         # Outside `within`: fsspec makes, and keeps, one file system for every thread that asks.
         system, path = fsspec.url_to_fs(file)
-        received[:], size = within(remote.timeout_seconds + span / LEAST_RATE, fetch)
+        return within(remote.timeout_seconds + span / LEAST_RATE, fetch)
     except (FileNotFoundError, PermissionError, ImportError) as error:
         raise HopelessError(f"{type(error).__name__}: {error}; check path and access") from error
     except HopelessError:
@@ -154,7 +153,6 @@ def _from_url(
         Exception
     ) as error:  # every file system has errors of its own, and most are the network's
         raise TryAgainError(f"{type(error).__name__}: {error}") from error
-    return size
 
 
 def _from_hub(match: re.Match, span: str, received: bytearray, remote: Remote) -> int:

@@ -230,16 +230,16 @@ class Shards:
                 ) from error
         return pa.concat_tables(tables, promote_options="permissive")
 
-    def _fetch(self, file: ShardFile, start: int, end: int, what: str) -> bytearray:
+    def _fetch(self, file: ShardFile, start: int, end: int, what: str) -> bytes | bytearray:
         received = bytearray()
 
-        def attempt() -> None:
-            size = read_range(file.path, start, end, received, self.remote)
+        def attempt() -> bytes | bytearray:
+            data, size = read_range(file.path, start, end, received, self.remote)
             if size not in (None, file.size):
                 raise HopelessError(f"the file has {size} bytes and had {file.size}; start again")
+            return data
 
-        persist(attempt, self.remote, self.rank, f"corpus {self.corpus}, {what}")
-        return received
+        return persist(attempt, self.remote, self.rank, f"corpus {self.corpus}, {what}")
 
     def _block_bytes(self, file: ShardFile, start: int, end: int, what: str) -> bytes | bytearray:
         if self.cache is None or "://" not in file.path:
