@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 import fsspec
 from datasets.exceptions import DatasetNotFoundError
-from huggingface_hub import get_session, hf_hub_url
+from huggingface_hub import constants, get_session, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, parse_ratelimit_headers
 
@@ -29,6 +29,7 @@ REMEDIES = {
     404: "it is not there (any more): check path and revision, and start again",
     416: "the file has become shorter since it was listed: start again",
 }
+OFFLINE = "unset HF_HUB_OFFLINE, or use local files"
 LEAST_RATE = 65_536
 """Bytes a second below which a transfer counts as stalled."""
 
@@ -49,10 +50,10 @@ def list_files(source: Source, remote: Remote) -> list[str]:
             "check the network or try later"
         ) from error
     except (HTTP_ERROR, OSError, ValueError, ImportError) as error:
+        if constants.HF_HUB_OFFLINE:
+            raise HopelessError(f"{error}; {OFFLINE}") from error
         chain = list(_chain(error))
         for link in chain:
-            if isinstance(link, OfflineModeIsEnabled):
-                raise HopelessError(f"{link}; unset HF_HUB_OFFLINE, or use local files") from None
             if isinstance(link, HfHubHTTPError):
                 _refuse(
                     link.response.status_code, link.server_message, link.response.headers, error
@@ -170,6 +171,8 @@ def _from_hub(match: re.Match, span: str, received: bytearray, remote: Remote) -
                 raise HopelessError("the server does not serve ranges of bytes (HTTP 200)")
             _receive(response.iter_raw(), received, remote.timeout_seconds)
             return int(response.headers["Content-Range"].rpartition("/")[2])
+    except OfflineModeIsEnabled as error:
+        raise HopelessError(f"{error}; {OFFLINE}") from error
     except (HTTP_ERROR, OSError) as error:
         raise TryAgainError(f"{type(error).__name__}: {error}") from error
 

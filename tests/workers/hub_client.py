@@ -5,8 +5,12 @@ import os
 import pickle
 import time
 
+import datasets
+import huggingface_hub
+
 from mtl_dist.streams.retry import Remote, ShardError
 from mtl_dist.streams.shards import Shards
+from mtl_dist.streams.sources import Source
 
 
 class Lines(logging.Handler):
@@ -54,6 +58,22 @@ def read(sent: bytes, blocks: list[int], rank: int = 3) -> list[list[dict]]:
     shards = pickle.loads(sent)
     shards.rank = rank
     return [shards.read(block) for block in blocks]
+
+
+def offline(sent: bytes, source: Source) -> list[str]:
+    """Return the errors of opening and reading while HF_HUB_OFFLINE is set."""
+    errors = []
+    libraries = datasets.config, huggingface_hub.constants
+    for library in libraries:
+        library.HF_HUB_OFFLINE = True
+    for action in (lambda: Shards.open("speech", source), lambda: pickle.loads(sent).read(0)):
+        try:
+            action()
+        except ShardError as error:
+            errors.append(str(error))
+    for library in libraries:
+        library.HF_HUB_OFFLINE = False
+    return errors
 
 
 def warm_up() -> None:
