@@ -252,6 +252,19 @@ def test_a_server_that_is_away_for_a_moment_is_waited_for(hub, client, opened):
     assert 0.9 < outcome["seconds"] < 5
 
 
+def test_a_slow_server_is_no_fault(hub, client, opened):
+    hub.faults += [Fault("slow", "resolve", times=2), Fault("slow", times=2)]
+    outcome = client("read", opened, [1, 3])
+    assert len(outcome["result"][0]) == 8
+    assert outcome["seconds"] >= 0.4
+    assert not outcome["lines"]
+
+
+def test_the_workers_of_a_loader_read_while_their_parent_does(hub, client, opened):
+    first = audio_of(hub.written["clean/train.100"])[:8]
+    assert client("read_around_a_fork", opened, 0)["result"] == [first] * 3
+
+
 ENDLESS = {
     "503": Fault("status", "resolve", times=1000),
     "stall": Fault("stall", times=1000),

@@ -4,68 +4,31 @@
 streaming: that opens the file and parses its whole footer for every block (17 ms a block of files of 288 blocks, 0.6 ms
 here), asks the server again for what is known, and retries in three layers whose waits multiply (20 times 60 s and more).
 Here one rank lists and reads the footers, and sends the object to the others: they never ask for a list or a footer.
-Memory: the footers, compressed (110 bytes a block of 8 columns), and those of FOOTERS files parsed.
+Memory: the footers, compressed (110 bytes a block of 8 columns), and those of 32 files parsed.
 Tested by tests/test_shards.py and tests/test_hub.py.
 """
 
-import dataclasses
 import functools
 import hashlib
-import zlib
+import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mtl_dist.streams.block_cache import BlockCache
-from mtl_dist.streams.columns import check_columns, listed_columns, with_our_names
-from mtl_dist.streams.fetch import list_files, read_range, read_tail
-from mtl_dist.streams.parquet import (
-    TAIL_BYTES,
-    Window,
-    chunk_range,
-    footer_bytes,
-    joined,
-    leaves,
-    parse_footer,
-)
+from mtl_dist.streams.columns import listed_columns, with_our_names
+from mtl_dist.streams.fetch import list_files, read_range
+from mtl_dist.streams.parquet import Window
 from mtl_dist.streams.retry import HopelessError, Remote, ShardError, persist, speaker
-from mtl_dist.streams.sources import HUB_URL, Source
+from mtl_dist.streams.shard_file import ShardFile, load_file
+from mtl_dist.streams.sources import Source
 
 THREADS = 16
 """Requests at a time while footers and listings are read."""
-FOOTERS = 32
-"""Files of which a process keeps the parsed footer."""
-
-
-@dataclasses.dataclass(eq=False, kw_only=True)
-class ShardFile:
-    """A file of a source (its number), with its footer."""
-
-    path: str
-    source: int
-    size: int
-    footer: bytes
-    """Compressed."""
-    digest: str
-
-    @functools.lru_cache(maxsize=FOOTERS)  # noqa: B019  bounded, and files live as long as their process
-    def meta(self) -> pq.FileMetaData:
-        """Return the parsed footer."""
-        return parse_footer(zlib.decompress(self.footer))
-
-    def shown(self) -> str:
-        """Return the path for messages: of a Hub file without the commit."""
-        match = HUB_URL.fullmatch(self.path)
-        return f"{match['repo']}/{match['path']}" if match else self.path
-
-    def ranges(self, groups: Iterable[int], columns: list[str]) -> list[tuple[int, int]]:
-        """Return where the bytes of these row groups' columns begin and end, and nothing but them."""
-        numbers = leaves(self.meta(), columns)
-        return joined(chunk_range(self.meta(), group, leaf) for group in groups for leaf in numbers)
 
 
 class Shards:
@@ -124,7 +87,7 @@ class Shards:
             paths = persist(functools.partial(list_files, source, remote), remote, rank, what)
             found = _in_threads(
                 lambda path, number=number, source=source: persist(
-                    lambda: _load_file(path, number, source, remote),
+                    lambda: load_file(path, number, source, remote),
                     remote,
                     rank,
                     f"corpus {corpus}, {path}",
@@ -147,8 +110,19 @@ class Shards:
         return f"{self._files[number].shown()}, row group {group}"
 
     def fingerprint(self) -> dict[str, str]:
-        """Return {file: size and digest of its footer}: the same wherever and whenever the file was copied."""
-        return {file.shown(): f"{file.size}-{file.digest}" for file in self._files}
+        """Return {"source 0: FILE": size and digest of its footer}, FILE below the folder that a source's files share.
+
+        So it stays the same when the files are copied to another place, at another time.
+        """
+        found = {}
+        for number in range(len(self.sources)):
+            files = [file for file in self._files if file.source == number]
+            paths = [PurePosixPath(file.shown()) for file in files]
+            shared = os.path.commonpath([path.parent for path in paths])
+            for file, path in zip(files, paths, strict=True):
+                name = f"source {number}: {path.relative_to(shared)}"
+                found[name] = f"{file.size}-{file.digest}"
+        return found
 
     def refuse_changes(self, saved: dict[str, str]) -> None:
         """Compare with a fingerprint of earlier. Raises ShardError naming the first file that is not the same."""
@@ -157,7 +131,7 @@ class Shards:
             if now.get(file) != saved.get(file):
                 how = "is new" if file not in saved else "is gone" if file not in now else "changed"
                 raise ShardError(
-                    f"corpus {self.corpus}: {file} {how} since the checkpoint was written, and with it the order of "
+                    f"corpus {self.corpus}, {file} {how} since the checkpoint was written, and with it the order of "
                     "clips; put the files back as they were, or start a new run"
                 )
 
@@ -265,25 +239,6 @@ class Shards:
                 f"{speaker(self.rank)}, corpus {self.corpus}, {what}: its bytes are damaged, or the file was changed in "
                 f"place ({error}); write or fetch it again and start again"
             ) from error
-
-
-def _load_file(path: str, number: int, source: Source, remote: Remote) -> ShardFile:
-    """Read the footer of a file, one attempt: one request, two where it is longer than TAIL_BYTES."""
-    tail, size = read_tail(path, TAIL_BYTES, remote)
-    try:
-        needed = footer_bytes(tail)
-        if needed > len(tail):
-            if needed > size:
-                raise ValueError("cut short or damaged: the footer would be longer than the file")
-            tail, _ = read_tail(path, needed, remote)
-        footer = tail[-needed:]
-        check_columns(parse_footer(footer).schema.to_arrow_schema(), source)
-    except (ValueError, OSError, pa.ArrowException) as error:
-        raise HopelessError(str(error)) from error
-    digest = hashlib.blake2b(footer, digest_size=8).hexdigest()
-    return ShardFile(
-        path=path, source=number, size=size, footer=zlib.compress(footer, 1), digest=digest
-    )
 
 
 def _in_threads(action, items: Sequence) -> list:

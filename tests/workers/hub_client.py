@@ -1,6 +1,7 @@
 """Functions that tests call in a process whose HF_ENDPOINT is the stand-in for the Hub. Used by tests/test_hub.py."""
 
 import logging
+import multiprocessing
 import os
 import pickle
 import time
@@ -74,6 +75,15 @@ def offline(sent: bytes, source: Source) -> list[str]:
     for library in libraries:
         library.HF_HUB_OFFLINE = False
     return errors
+
+
+def read_around_a_fork(sent: bytes, block: int) -> list[list[dict]]:
+    """Read a block, then in a forked process as a loader's worker does, then here again."""
+    shards = pickle.loads(sent)
+    before = shards.read(block)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        inside = pool.apply_async(shards.read, [block]).get(20)
+    return [before, inside, shards.read(block)]
 
 
 def warm_up() -> None:
