@@ -21,29 +21,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mtl_dist.corpora.base import Listing
-from mtl_dist.preparing.encoding import Encoded, Workers, chunks, encode_chunk, measure
-from mtl_dist.preparing.pieces import (
-    RATE,
-    Piece,
-    Shard,
-    cut,
-    flac_bytes,
-    list_digest,
-    name_within,
-    plan_shards,
-)
-from mtl_dist.preparing.shards import check_shard, write_shard
-from mtl_dist.preparing.sources import LAYOUTS, find_source, list_clips, published
-from mtl_dist.preparing.work import Work, make_manifest, read_manifest
+from mtl_dist.preparing.encoding import Encoded, Workers, chunks, encode_chunk
+from mtl_dist.preparing.pieces import RATE, Shard, flac_bytes, list_digest, plan_shards
+from mtl_dist.preparing.shards import write_shard
+from mtl_dist.preparing.sources import LAYOUTS, list_clips, look, survey, unpack_all
+from mtl_dist.preparing.verifying import verify
+from mtl_dist.preparing.work import Work, describe, make_manifest, size
 
 log = logging.getLogger("mtl_dist")
 
 ROWS_PER_GROUP = {"chime3": 1}
 """Where it is not 16: noise is drawn a piece at a time."""
-
-HEADERS = 64
-"""Headers read by a process at a time."""
 
 
 def add_prepare(commands) -> None:
@@ -79,7 +67,6 @@ def add_prepare(commands) -> None:
     command.add_argument(
         "--workers",
         type=int,
-        default=len(os.sched_getaffinity(0)),
         help="processes (default: one for each core)",
     )
     command.add_argument(
@@ -101,6 +88,8 @@ def run_prepare(options: argparse.Namespace, overrides: list[str]) -> None:
     """Prepare or verify; exit code 1 where something is wrong. Raises ValueError or OSError saying what."""
     if overrides:
         raise ValueError(f"{overrides[0]}: not known; see mtl-dist prepare --help")
+    if options.workers is None:
+        options.workers = len(os.sched_getaffinity(0))
     if options.workers < 1:
         raise ValueError(f"--workers: {options.workers} is not allowed; use 1 or more")
     try:
@@ -109,7 +98,7 @@ def run_prepare(options: argparse.Namespace, overrides: list[str]) -> None:
             prepare(options)
         elif options.kind is not None:
             raise ValueError("--verify OUT stands alone, without KIND, FROM and OUT")
-        elif not verify(options.verify, options.workers):
+        elif not verify(options.verify.expanduser(), options.workers):
             sys.exit(1)
     except BrokenProcessPool as error:
         raise ValueError(
@@ -142,62 +131,46 @@ def _check(options: argparse.Namespace) -> None:
 def prepare(options: argparse.Namespace) -> None:
     """Write OUT, or what is missing of it, and print the counts. Raises ValueError or OSError."""
     begun = time.monotonic()
-    kind, source, out = options.kind, options.source.expanduser(), options.out.expanduser()
-    if not source.is_dir():
-        find_source(kind, source, out)  # says what is wrong, before OUT is made
+    kind, out = options.kind, options.out.expanduser()
+    folder, archives = look(kind, options.source.expanduser())
     fields = ("kind", "seed", "rows_per_group", "shard_mb")
     work = Work(out, {field: getattr(options, field) for field in fields} | {"rate": RATE})
     unpacked = out / "unpacked"
-    if work.manifest and published(kind, source) is None and not unpacked.exists():
-        print(_report(work.manifest, out), "(finished before; its archives were not looked at)")
-        return work.tidy()
-    folder = find_source(kind, source, unpacked)
+    if folder is None:
+        if work.manifest and not unpacked.exists():
+            print(
+                describe(work.manifest, out),
+                "(finished before; the archives are not unpacked again)",
+            )
+            return work.tidy()
+        folder = unpack_all(kind, archives, unpacked)
+    elif archives:
+        log.warning("%s is read as it is; archives such as %s are left alone", folder, archives[0])
     listing = list_clips(kind, folder, options.manifest, options.labelled)
     with Workers(options.workers) as workers:
-        pieces, sizes, unusable = _survey(kind, folder, listing, workers)
-        work.require("files", list_digest(pieces, sizes, unusable))
+        pieces, sizes, unusable = survey(kind, folder, listing, workers)
+        work.begin(list_digest(pieces, sizes, unusable))
         if work.manifest:
-            print(_report(work.manifest, out), "(finished before)")
+            print(describe(work.manifest, out), "(finished before)")
             return work.tidy()
         bad = Bad(options.max_bad_share, len(pieces) + len(unusable), unusable)
         shards = plan_shards(pieces, options.seed, options.rows_per_group, options.shard_mb)
         records = _write(work, shards, options.rows_per_group, workers, bad)
     manifest = make_manifest(
-        kind, listing.classes, options.seed, list(zip(shards, records)), sum(sizes.values())
+        kind,
+        listing.classes,
+        options.seed,
+        list(zip(shards, records, strict=True)),
+        sum(sizes.values()),
     )
     manifest["skipped"] = [*unusable, *manifest["skipped"]]
     work.finish(manifest)
-    print(_report(manifest, out))
+    print(describe(manifest, out))
     print(
         f"took {time.monotonic() - begun:.0f} s; reads back whole: mtl-dist prepare --verify {out}"
     )
     if folder.is_relative_to(unpacked):
         print(f"the unpacked archives are no longer needed: rm -r {unpacked}")
-
-
-def _survey(
-    kind: str, folder: Path, listing: Listing, workers: Workers
-) -> tuple[list[Piece], dict[str, int], list[dict]]:
-    """Read all headers: (pieces, {path: bytes} of the files that can be used, what of the others to skip and why)."""
-    paths = [str(row["path"]) for row in listing.rows]
-    lots = [paths[i : i + HEADERS] for i in range(0, len(paths), HEADERS)]
-    bar = tqdm(total=len(paths), desc="headers", unit="file", disable=None)
-    pieces, sizes, unusable = [], {}, []
-    found = []
-    with bar:
-        for lot in workers.in_order(measure, lots):
-            found += lot
-            bar.update(len(lot))
-    for row, header in zip(listing.rows, found, strict=True):
-        name = name_within(folder, Path(row["path"]))
-        if isinstance(header, str):
-            unusable.append({"file": name, "reason": header})
-            continue
-        frames, rate, sizes[str(row["path"])] = header
-        pieces += cut(row, name, frames, rate, kind)
-    for path in (path for paths in listing.missing.values() for path in paths):
-        unusable.append({"file": name_within(folder, Path(path)), "reason": "is not there"})
-    return pieces, sizes, sorted(unusable, key=lambda entry: entry["file"])
 
 
 class Bad:
@@ -230,14 +203,14 @@ def _write(
     needed = sum(flac_bytes(shards[n].pieces) for n in todo)
     free = shutil.disk_usage(work.out).free
     if needed > free:
-        log.warning("%s: about %s are needed and %s are free", work.out, _size(needed), _size(free))
+        log.warning("%s: about %s are needed and %s are free", work.out, size(needed), size(free))
     tasks = [(n, chunk) for n in todo for chunk in chunks(shards[n].pieces)]
     results = workers.in_order(encode_chunk, (chunk for _, chunk in tasks))
     done = sum(len(shard.pieces) for shard, facts in zip(shards, records, strict=True) if facts)
     bar = tqdm(
         total=sum(len(shard.pieces) for shard in shards), initial=done, unit="clip", disable=None
     )
-    pairs = zip((n for n, _ in tasks), results)
+    pairs = zip((n for n, _ in tasks), results, strict=True)
     with bar:
         for n, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
             tally = {"seconds": 0.0, "clipped_samples": 0, "skipped": []}
@@ -260,55 +233,3 @@ def _rows(encoded: Iterable[Encoded], tally: dict, bad: Bad, bar: tqdm) -> Itera
         else:
             tally["seconds"] += item.row["seconds"]
             yield item.row
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def _report(manifest: dict, out: Path) -> str:
-    lines = [f"{out}: {manifest['kind']}"]
-    for split, part in manifest["splits"].items():
-        groups = sum(shard["row_groups"] for shard in part["shards"])
-        lines.append(
-            f"  {split}: {part['clips']} clips, {part['hours']:.2f} h, {len(part['shards'])} shards of {groups} row groups"
-        )
-    lines.append(
-        f"  in {_size(manifest['bytes_in'])}, out {_size(manifest['bytes_out'])}; {len(manifest['skipped'])} skipped; "
-        f"{manifest['clipped_samples']} samples clipped"
-    )
-    return "\n".join(lines)
-
-
-def verify(out: Path, count: int) -> bool:
-    """Read every shard of a prepared corpus back, decode all of it, print what is wrong; return whether nothing is."""
-    manifest = read_manifest(out.expanduser())
-    parts = manifest["splits"].items()
-    tasks = [(out / s["file"], split, s) for split, part in parts for s in part["shards"]]
-    found: dict[str, list[tuple[int, float]]] = {split: [] for split in manifest["splits"]}
-    wrong, first = [], {}
-    with Workers(count) as workers, tqdm(total=len(tasks), unit="shard", disable=None) as bar:
-        results = workers.in_order(_check_task, tasks)
-        for (path, split, _), (problems, ids, seconds) in zip(tasks, results, strict=True):
-            wrong += problems
-            for row, clip in enumerate(ids):
-                if first.setdefault(clip, path.name) is not path.name:
-                    wrong.append(f"{path.name}, row {row} ({clip}): is in {first[clip]} too")
-            found[split].append((len(ids), seconds))
-            bar.update()
-    for split, part in parts:
-        clips, hours = (sum(x) for x in zip(*found[split], strict=True))
-        if clips != part["clips"] or abs(hours / 3600 - part["hours"]) > 1e-6:
-            wrong.append(
-                f"{split}: {clips} clips, {hours / 3600:.4f} h, the manifest says {part['clips']}, {part['hours']:.4f} h"
-            )
-    listed = {path.name for path, _, _ in tasks}
-    for path in sorted(out.glob("*.parquet")):
-        if path.name not in listed:
-            wrong.append(f"{path.name}: the manifest does not know it; remove it")
-    print("\n".join(wrong) if wrong else f"{_report(manifest, out)}\n  everything reads back whole")
-    return not wrong
-
-
-def _check_task(task: tuple[Path, str, dict]) -> tuple[list[str], list[str], float]:
-    return check_shard(*task)

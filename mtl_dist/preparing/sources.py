@@ -7,11 +7,15 @@ import zipfile
 import zlib
 from pathlib import Path
 
+from tqdm import tqdm
+
 from mtl_dist.corpora.base import Listing, require_label
 from mtl_dist.corpora.chime3 import Chime3
 from mtl_dist.corpora.folder import Folder
 from mtl_dist.corpora.fsdkaggle2018 import META, FSDKaggle2018
 from mtl_dist.corpora.librispeech import LibriSpeech
+from mtl_dist.preparing.encoding import Workers, measure
+from mtl_dist.preparing.pieces import Piece, cut, name_within
 
 log = logging.getLogger("mtl_dist")
 
@@ -32,6 +36,9 @@ MD5 = {
 }
 """As published by Zenodo (record 2552860) and openslr.org/12."""
 
+HEADERS = 64
+"""Headers read by a process at a time."""
+
 DONE = ".{}.unpacked"
 """Name of the empty file that says that an archive is unpacked to its end."""
 
@@ -43,32 +50,33 @@ def published(kind: str, source: Path) -> Path | None:
     return next((f for f in folders if not tell or next(f.glob(tell), None)), None)
 
 
-def find_source(kind: str, source: Path, unpacked: Path) -> Path:
-    """Return the folder as published, unpacking the archives in `source` into `unpacked` if there is none.
+def look(kind: str, source: Path) -> tuple[Path | None, list[Path]]:
+    """Return (the folder as published, or None; the archives beside it).
 
     Raises:
-        ValueError: neither is in `source`, or an archive is broken or not the published one.
+        ValueError: `source` has neither.
     """
     if not source.is_dir():
         what = "is a file; name the folder that holds it" if source.exists() else "does not exist"
         raise ValueError(f"FROM: {source} {what}")
-    _, patterns = LAYOUTS[kind]
+    folder, (tell, patterns) = published(kind, source), LAYOUTS[kind]
     archives = sorted({path for pattern in patterns for path in source.glob(pattern)})
-    folder = published(kind, source)
-    if folder is not None:
-        if archives:
-            log.warning(
-                "%s is read as it is; its archives are left alone: %s", folder, archives[0].name
-            )
-        return folder
-    for archive in archives:
-        unpack(archive, unpacked)
-    folder = published(kind, unpacked) if archives else None
-    if folder is None:
+    if folder is None and not archives:
         raise ValueError(
-            f"FROM: {source} is not {kind} as published: there is no {LAYOUTS[kind][0]} in it"
-            + (f", nor in its archives {', '.join(a.name for a in archives)}" if archives else "")
-            + f", and no other archive such as {' or '.join(patterns)}"
+            f"FROM: {source} is not {kind} as published: it holds neither {tell} nor an archive {' or '.join(patterns)}"
+        )
+    return folder, archives
+
+
+def unpack_all(kind: str, archives: list[Path], target: Path) -> Path:
+    """Unpack the archives that are not unpacked yet, and return the folder as published. Raises ValueError."""
+    for archive in archives:
+        unpack(archive, target)
+    folder = published(kind, target)
+    if folder is None:
+        names = ", ".join(archive.name for archive in archives)
+        raise ValueError(
+            f"FROM: there is no {LAYOUTS[kind][0]} in {names}: not {kind} as published"
         )
     return folder
 
@@ -83,7 +91,7 @@ def unpack(archive: Path, target: Path) -> None:
     if done.exists():
         return
     if archive.name in MD5:
-        log.warning("checking %s", archive)
+        print(f"checking {archive}", flush=True)
         with open(archive, "rb") as file:
             found = hashlib.file_digest(file, "md5").hexdigest()
         if found != MD5[archive.name]:
@@ -92,7 +100,7 @@ def unpack(archive: Path, target: Path) -> None:
             )
     else:
         log.warning("%s is taken unchecked: its md5 is not known", archive)
-    log.warning("unpacking %s", archive)
+    print(f"unpacking {archive}", flush=True)
     target.mkdir(parents=True, exist_ok=True)
     try:
         if archive.suffix == ".zip":
@@ -141,3 +149,26 @@ def list_clips(kind: str, folder: Path, manifest: Path | None, labelled: bool) -
                     row["label"], listing.classes, f"{row['path']}, not among the training labels"
                 )
     return listing
+
+
+def survey(
+    kind: str, folder: Path, listing: Listing, workers: Workers
+) -> tuple[list[Piece], dict[str, int], list[dict]]:
+    """Read all headers: (pieces, {path: bytes}, {"file", "reason"} of what is to be skipped)."""
+    paths = [str(row["path"]) for row in listing.rows]
+    lots = [paths[i : i + HEADERS] for i in range(0, len(paths), HEADERS)]
+    pieces, sizes, unusable, found = [], {}, [], []
+    with tqdm(total=len(paths), desc="headers", unit="file", disable=None) as bar:
+        for lot in workers.in_order(measure, lots):
+            found += lot
+            bar.update(len(lot))
+    for row, header in zip(listing.rows, found, strict=True):
+        name = name_within(folder, Path(row["path"]))
+        if isinstance(header, str):
+            unusable.append({"file": name, "reason": header})
+            continue
+        frames, rate, sizes[str(row["path"])] = header
+        pieces += cut(row, name, frames, rate, kind)
+    for path in (path for paths in listing.missing.values() for path in paths):
+        unusable.append({"file": name_within(folder, Path(path)), "reason": "is not there"})
+    return pieces, sizes, sorted(unusable, key=lambda entry: entry["file"])

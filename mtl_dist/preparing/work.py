@@ -14,6 +14,7 @@ from mtl_dist.preparing.pieces import RATE, Shard
 from mtl_dist.run_folder import write_atomically
 
 MANIFEST = "manifest.json"
+SETTINGS = "settings.json"
 FORMAT = 1
 
 
@@ -26,43 +27,56 @@ class Work:
         Raises:
             ValueError: OUT holds something else, was begun with other settings, or is being written.
         """
-        self.out, self.folder = out, out / ".preparing"
-        begun = (out / MANIFEST).exists() or self.folder.is_dir()
+        self.out, self.folder, self.settings = out, out / ".preparing", settings
         if out.exists() and not out.is_dir():
             raise ValueError(f"OUT: {out} is not a folder")
-        if out.is_dir() and any(out.iterdir()) and not begun:
+        finished = (out / MANIFEST).exists()
+        if out.is_dir() and any(out.iterdir()) and not finished and not self.folder.is_dir():
             raise ValueError(
                 f"OUT: {out} is not empty and not a prepared corpus; name a new or an empty folder"
             )
-        self.manifest = read_manifest(out) if (out / MANIFEST).exists() else None
+        self.manifest = read_manifest(out) if finished else None
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock()
-        path = self.folder / "settings.json"
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
-        self.settings = self.manifest["settings"] if self.manifest else before
-        for field, value in settings.items():
-            self.require(field, value)
-        self._save_settings()
-
-    def _lock(self) -> None:
         self.lock = open(self.folder / "lock", "w", encoding="utf-8")
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by workers
         except (BlockingIOError, PermissionError):
-            raise ValueError(f"OUT: another process is preparing {self.out}") from None
+            raise ValueError(f"OUT: another process is preparing {out}") from None
+        self._require(settings)
 
-    def _save_settings(self) -> None:
-        write_atomically(self.folder / "settings.json", json.dumps(self.settings))
+    def begin(self, files: str) -> None:
+        """Bind what is written from now on to the settings and the digest of the list of files.
 
-    def require(self, field: str, value: object) -> None:
-        """Raise ValueError unless OUT was begun with this value; remember it if it is new."""
-        if field not in self.settings:
-            self.settings[field] = value
-            self._save_settings()
-        elif self.settings[field] != value:
+        Raises:
+            ValueError: there are whole shards of another list.
+        """
+        self._require({"FROM": files})
+        self.settings = self.settings | {"FROM": files}
+        if self._bound() is None:
+            for path in self.out.glob("*.parquet"):  # one that was renamed and not yet noted
+                path.unlink()
+            write_atomically(self.folder / SETTINGS, json.dumps(self.settings))
+
+    def _bound(self) -> dict | None:
+        """Return the settings of what is finished, or of the shards that are whole; None where there are none."""
+        if self.manifest is not None:
+            return self.manifest["settings"]
+        if not any(self.folder.glob("*-of-*.json")):
+            return None
+        return json.loads((self.folder / SETTINGS).read_text(encoding="utf-8"))
+
+    def _require(self, settings: dict) -> None:
+        bound = self._bound() or {}
+        for field, value in settings.items():
+            if bound.get(field, value) == value:
+                continue
+            what = (
+                "holds other files than"
+                if field == "FROM"
+                else f"is {value!r} and was {bound[field]!r}"
+            )
             raise ValueError(
-                f"{field}: {self.out} was begun with {self.settings[field]!r} and this is {value!r}; use another OUT, or "
-                "remove it to begin anew"
+                f"{field}: {what} when {self.out} was begun; name another OUT, or remove this one to begin anew"
             )
 
     def record(self, shard: Shard) -> dict | None:
@@ -133,3 +147,23 @@ def read_manifest(out: Path) -> dict:
     if manifest["format"] != FORMAT:
         raise ValueError(f"{path}: format is {manifest['format']!r}; {FORMAT} is known")
     return manifest
+
+
+def size(count: float) -> str:
+    """Return a number of bytes as text."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def describe(manifest: dict, out: Path) -> str:
+    """Return the counts of a manifest as text."""
+    lines = [f"{out}: {manifest['kind']}"]
+    for split, part in manifest["splits"].items():
+        groups = sum(shard["row_groups"] for shard in part["shards"])
+        lines.append(
+            f"  {split}: {part['clips']} clips, {part['hours']:.2f} h, {len(part['shards'])} shards of {groups} row groups"
+        )
+    lines.append(
+        f"  in {size(manifest['bytes_in'])}, out {size(manifest['bytes_out'])}; {len(manifest['skipped'])} skipped; "
+        f"{manifest['clipped_samples']} samples clipped"
+    )
+    return "\n".join(lines)
