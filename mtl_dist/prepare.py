@@ -9,6 +9,7 @@ tests/test_prepare.py.
 """
 
 import argparse
+import difflib
 import itertools
 import logging
 import os
@@ -114,7 +115,11 @@ def _check(options: argparse.Namespace) -> None:
     if options.out is None:
         raise ValueError("KIND, FROM and OUT are needed: mtl-dist prepare KIND FROM OUT")
     if options.kind not in LAYOUTS:
-        raise ValueError(f"KIND: {options.kind!r} is not known (allowed: {', '.join(LAYOUTS)})")
+        near = difflib.get_close_matches(options.kind, LAYOUTS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"KIND: {options.kind!r} is not known{hint} (allowed: {', '.join(LAYOUTS)})"
+        )
     for field in ("manifest", "labelled"):
         if options.kind != "folder" and getattr(options, field):
             raise ValueError(f"--{field}: is for the kind folder only, not for {options.kind}")

@@ -36,13 +36,17 @@ class Work:
                 f"OUT: {out} is not empty and not a prepared corpus; name a new or an empty folder"
             )
         self.manifest = read_manifest(out) if finished else None
+        if not finished:
+            self._lock()
+        self._require(settings)
+
+    def _lock(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.folder / "lock", "w", encoding="utf-8")
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by workers
         except (BlockingIOError, PermissionError):
-            raise ValueError(f"OUT: another process is preparing {out}") from None
-        self._require(settings)
+            raise ValueError(f"OUT: another process is preparing {self.out}") from None
 
     def begin(self, files: str) -> None:
         """Bind what is written from now on to the settings and the digest of the list of files.
@@ -102,7 +106,8 @@ class Work:
 
     def tidy(self) -> None:
         """Remove what was only needed on the way."""
-        shutil.rmtree(self.folder)
+        if self.folder.is_dir():
+            shutil.rmtree(self.folder)
 
 
 def make_manifest(
