@@ -202,6 +202,7 @@ def test_killed_and_started_again_it_ends_with_the_bytes_of_one_that_was_left_al
         process = start(*words)
         try:
             wait_for_shards(process, out, len(kept) + more)
+            assert "OUT: another process is preparing" in refused(*words)
             family = psutil.Process(process.process.pid).children(recursive=True)
         finally:
             process.kill()
