@@ -57,8 +57,8 @@ class Work:
         self._require({"FROM": files})
         self.settings = self.settings | {"FROM": files}
         if self._bound() is None:
-            for path in self.out.glob("*.parquet"):  # one that was renamed and not yet noted
-                path.unlink()
+            for path in (*self.out.glob("*.parquet"), *self.out.glob(".*.partial")):
+                path.unlink()  # renamed and not yet noted, or cut off: of other settings maybe
             write_atomically(self.folder / SETTINGS, json.dumps(self.settings))
 
     def _bound(self) -> dict | None:
