@@ -3,6 +3,7 @@
     mtl-dist evaluate runs/demo --split test        one process; with several: accelerate launch -m mtl_dist.cli evaluate ...
     mtl-dist plan --config demo --nodes 1 --gpus-per-node 2                                                    (planning.py)
     mtl-dist doctor --config demo                                                                              (doctor.py)
+    mtl-dist prepare librispeech data/LibriSpeech prepared/librispeech                                       (prepare.py)
 
 Tested by tests/test_cli.py.
 """
@@ -24,6 +25,7 @@ from mtl_dist.evaluation import Evaluation, evaluate
 from mtl_dist.experiment import Experiment, build_together
 from mtl_dist.phases import Phases
 from mtl_dist.planning import add_plan
+from mtl_dist.prepare import add_prepare
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.runtime import LaunchError, leave, start
 from mtl_dist.tables import format_rows, per_class_rows, results_table
@@ -138,12 +140,13 @@ def main(words: list[str] | None = None) -> None:
     """Run a command of `mtl-dist`; mistakes of the user end with one line and exit code 1."""
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
     parser = argparse.ArgumentParser(
-        prog="mtl-dist", description="Plan and check runs, use trained models."
+        prog="mtl-dist", description="Prepare corpora, plan and check runs, use trained models."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_evaluate(commands)
     add_plan(commands)
     add_doctor(commands)
+    add_prepare(commands)
     options, overrides = parser.parse_known_args(words)
     try:
         options.act(options, overrides)

@@ -30,6 +30,18 @@ AUDIO_SUFFIXES = frozenset(
 
 
 @dataclasses.dataclass(kw_only=True)
+class Listing:
+    """The clips of a folder as published, before any of them are set aside for validation or left out."""
+
+    rows: list[dict]
+    """{"id" (without the corpus' name), "path", "label" (a class name or None), "speaker" (or None), "split" (as
+    published; None where nothing says)}."""
+    classes: list[str] = dataclasses.field(default_factory=list)
+    missing: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    """As in Corpus."""
+
+
+@dataclasses.dataclass(kw_only=True)
 class Corpus:
     """Rows per split, the classes that labels index, and the files that were listed but are not there."""
 

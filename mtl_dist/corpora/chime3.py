@@ -2,9 +2,8 @@
 
 import dataclasses
 import re
-from pathlib import Path
 
-from mtl_dist.corpora.base import Corpus, make_corpus, register_corpus, require_folder
+from mtl_dist.corpora.base import Corpus, Listing, make_corpus, register_corpus, require_folder
 from mtl_dist.corpora.synthetic import resolve_root
 
 NAME = re.compile(r"BGD_\d+_\w+?_([A-Z]{3})(?:\.CH(\d))?\.(?:wav|flac)$")
@@ -27,6 +26,11 @@ class Chime3:
 
     def load(self, name: str, split_seed: int) -> Corpus:
         """List the recordings; every one serves all splits, each split with a stretch of its own (corpora/noise.py)."""
+        rows = self.listing(name).rows
+        return make_corpus(name, [row | {"id": f"{name}/{row['id']}"} for row in rows])
+
+    def listing(self, name: str) -> Listing:
+        """List the recordings of the chosen environments and channels. Raises ValueError where there are none."""
         root = require_folder(
             resolve_root(self.root, name, "CHiME3"),
             f"corpora.{name}.root",
@@ -38,7 +42,7 @@ class Chime3:
             if (match := NAME.match(path.name))
         ]
         rows = [
-            {"id": f"{name}/{path.stem}", "path": Path(path), "label": None, "split": "train"}
+            {"id": path.stem, "path": path, "label": None, "speaker": None, "split": "train"}
             for path, match in found
             if match[1] in self.environments and int(match[2] or 1) in self.channels
         ]
@@ -48,4 +52,4 @@ class Chime3:
                 f"corpora.{name}: no BGD_*.wav of the environments {self.environments} and channels {self.channels} "
                 f"under {root}; environments there: {there or 'none'}"
             )
-        return make_corpus(name, rows)
+        return Listing(rows=rows)

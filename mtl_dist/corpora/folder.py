@@ -12,6 +12,7 @@ from mtl_dist.corpora.base import (
     AUDIO_SUFFIXES,
     SPLITS,
     Corpus,
+    Listing,
     alike,
     make_corpus,
     read_table,
@@ -51,16 +52,8 @@ class Folder:
 
     def load(self, name: str, split_seed: int) -> Corpus:
         """List the clips. Raises ValueError naming the file, column or row that is wrong."""
-        if self.manifest is not None:
-            rows, missing = self._from_manifest(name)
-        elif self.root is not None:
-            rows, missing = self._from_folder(name), []
-        else:
-            raise ValueError(f"corpora.{name}: set root (a folder) or manifest (a CSV file)")
-        if not rows:
-            raise ValueError(
-                f"corpora.{name}: no audio files in {self.manifest or self.root} ({len(missing)} missing)"
-            )
+        found = self.listing(name)
+        rows = [row | {"id": f"{name}/{row['id']}"} for row in found.rows]
         labels = {row["id"]: row["label"] or "" for row in rows}
         test = stratified_share(labels, self.test_share, split_seed, name, "test")
         rest = {clip: label for clip, label in labels.items() if clip not in test}
@@ -85,7 +78,21 @@ class Folder:
                 require_label(
                     row["label"], classes, f"{row['path']}, not among the training labels"
                 )
-        return make_corpus(name, rows, classes, {"any": missing})
+        return make_corpus(name, rows, classes, found.missing)
+
+    def listing(self, name: str) -> Listing:
+        """List the clips; their split is None where no manifest names it. Raises ValueError as `load` does."""
+        if self.manifest is not None:
+            rows, missing = self._from_manifest(name)
+        elif self.root is not None:
+            rows, missing = self._from_folder(name), []
+        else:
+            raise ValueError(f"corpora.{name}: set root (a folder) or manifest (a CSV file)")
+        if not rows:
+            raise ValueError(
+                f"corpora.{name}: no audio files in {self.manifest or self.root} ({len(missing)} missing)"
+            )
+        return Listing(rows=rows, missing={"any": missing})
 
     def _from_folder(self, name: str) -> list[dict]:
         root = require_folder(
@@ -101,9 +108,7 @@ class Folder:
                     f"{path}: no label; with labelled: true files lie in {root}/LABEL/"
                 )
             label = parts[0] if self.labelled else None
-            rows.append(
-                {"id": f"{name}/{'/'.join(parts)}", "path": path, "label": label, "split": None}
-            )
+            rows.append(_row("/".join(parts), path, label, None))
         return rows
 
     def _from_manifest(self, name: str) -> tuple[list[dict], list[str]]:
@@ -118,12 +123,16 @@ class Folder:
             split = row.get("split") or None
             if split not in (None, *SPLITS):
                 raise ValueError(f"{where}, column split: {split!r} (allowed: {', '.join(SPLITS)})")
-            path, clip = root / row["path"], f"{name}/{row['path']}"
-            if clip in seen:
+            path = root / row["path"]
+            if row["path"] in seen:
                 raise ValueError(f"{where}: {row['path']} stands twice")
-            seen.add(clip)
+            seen.add(row["path"])
             if path.is_file():
-                rows.append({"id": clip, "path": path, "label": row.get("label"), "split": split})
+                rows.append(_row(row["path"], path, row.get("label"), split))
             else:
                 missing.append(str(path))
         return rows, missing
+
+
+def _row(clip: str, path: Path, label: str | None, split: str | None) -> dict:
+    return {"id": clip, "path": path, "label": label, "speaker": None, "split": split}

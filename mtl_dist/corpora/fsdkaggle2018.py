@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mtl_dist.corpora.base import (
     Corpus,
+    Listing,
     alike,
     make_corpus,
     read_table,
@@ -42,6 +43,19 @@ class FSDKaggle2018:
 
     def load(self, name: str, split_seed: int) -> Corpus:
         """List the clips. Raises ValueError naming the folder, file, column or row that is wrong."""
+        found = self.listing(name)
+        labels = {row["id"]: row["label"] for row in found.rows if row["split"] == "train"}
+        validation = stratified_share(labels, self.validation_share, split_seed, name, "validation")
+        rows = [
+            row
+            | {"id": f"{name}/{row['id']}"}
+            | ({"split": "validation"} if row["id"] in validation else {})
+            for row in found.rows
+        ]
+        return make_corpus(name, rows, found.classes, found.missing)
+
+    def listing(self, name: str) -> Listing:
+        """List the clips in the published splits, train and test. Raises ValueError as `load` does."""
         root = resolve_root(self.root, name, "FSDKaggle2018")
         train, missing_train, classes = _read_table(root, "train", None, name)
         if alike(classes):
@@ -50,16 +64,19 @@ class FSDKaggle2018:
                 "them alike"
             )
         test, missing_test, _ = _read_table(root, "test", classes, name)
-        validation = stratified_share(train, self.validation_share, split_seed, name, "validation")
-        rows = []
-        for fname, label in train.items():
-            split = "validation" if fname in validation else "train"
-            path = root / "FSDKaggle2018.audio_train" / fname
-            rows.append({"id": f"{name}/{fname}", "path": path, "label": label, "split": split})
-        for fname, label in test.items():
-            path = root / "FSDKaggle2018.audio_test" / fname
-            rows.append({"id": f"{name}/{fname}", "path": path, "label": label, "split": "test"})
-        return make_corpus(name, rows, classes, {"train": missing_train, "test": missing_test})
+        rows = [
+            {
+                "id": fname,
+                "path": root / f"FSDKaggle2018.audio_{split}" / fname,
+                "label": label,
+                "speaker": None,
+                "split": split,
+            }
+            for split, labels in (("train", train), ("test", test))
+            for fname, label in labels.items()
+        ]
+        missing = {"train": missing_train, "test": missing_test}
+        return Listing(rows=rows, classes=classes, missing=missing)
 
 
 def _read_table(

@@ -8,6 +8,7 @@ import soundfile
 
 from mtl_dist.corpora.base import (
     Corpus,
+    Listing,
     make_corpus,
     register_corpus,
     require_folder,
@@ -44,26 +45,39 @@ class LibriSpeech:
 
     def load(self, name: str, split_seed: int) -> Corpus:
         """List the utterances. Raises ValueError naming the folder or split that is wrong."""
+        rows = {f"{name}/{row['id']}": row for row in self.listing(name).rows}
+        heldout = _hold_out(rows, self.heldout_share, split_seed, name)
+        train = [clip for clip in rows if clip not in heldout]
+        if self.hours is not None:
+            train = _subset(shuffled(train, split_seed, name, "hours"), rows, self.hours, name)
+        split_of = dict.fromkeys(sorted(train), "train") | dict(sorted(heldout.items()))
+        return make_corpus(
+            name, [rows[clip] | {"id": clip, "split": split} for clip, split in split_of.items()]
+        )
+
+    def listing(self, name: str) -> Listing:
+        """List the utterances of the chosen splits, by the names of their folders. Raises ValueError as `load` does."""
         root = require_folder(
             resolve_root(self.root, name, "LibriSpeech"),
             f"corpora.{name}.root",
             "point it at the folder LibriSpeech of the unpacked archives",
         )
-        files: dict[str, Path] = {}
+        rows = []
         for split in self.splits:
             folder = require_folder(
                 root / split, f"corpora.{name}.splits", f"there are {_folders(root)} in {root}"
             )
-            files |= {f"{name}/{split}/{path.stem}": path for path in folder.glob("*/*/*.flac")}
-        heldout = _hold_out(files, self.heldout_share, split_seed, name)
-        train = [clip for clip in files if clip not in heldout]
-        if self.hours is not None:
-            train = _subset(shuffled(train, split_seed, name, "hours"), files, self.hours, name)
-        rows = [{"id": c, "path": files[c], "label": None, "split": "train"} for c in sorted(train)]
-        rows += [
-            {"id": c, "path": files[c], "label": None, "split": heldout[c]} for c in sorted(heldout)
-        ]
-        return make_corpus(name, rows)
+            rows += [
+                {
+                    "id": f"{split}/{path.stem}",
+                    "path": path,
+                    "label": None,
+                    "speaker": path.name.split("-")[0],
+                    "split": split,
+                }
+                for path in folder.glob("*/*/*.flac")
+            ]
+        return Listing(rows=rows)
 
 
 def _folders(root: Path) -> str:
@@ -71,12 +85,12 @@ def _folders(root: Path) -> str:
     return f"the folders {', '.join(names)}" if names else "no folders"
 
 
-def _hold_out(files: dict[str, Path], share: float, split_seed: int, name: str) -> dict[str, str]:
+def _hold_out(rows: dict[str, dict], share: float, split_seed: int, name: str) -> dict[str, str]:
     """Return {clip id: "validation" or "test"} for the speakers that are not trained on."""
-    speakers = {path.name.split("-")[0] for path in files.values()}
+    speakers = {row["speaker"] for row in rows.values()}
     if len(speakers) < 3:
         raise ValueError(
-            f"corpora.{name}: {len(files)} FLAC files of {len(speakers)} speakers found; at least 3 speakers are "
+            f"corpora.{name}: {len(rows)} FLAC files of {len(speakers)} speakers found; at least 3 speakers are "
             "needed (SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER-UTTERANCE.flac): one each for training, validation, test"
         )
     order = shuffled(speakers, split_seed, name, "heldout")
@@ -84,11 +98,10 @@ def _hold_out(files: dict[str, Path], share: float, split_seed: int, name: str) 
     part = dict.fromkeys(order[:count], "validation") | dict.fromkeys(
         order[count : 2 * count], "test"
     )
-    speaker_of = {clip: path.name.split("-")[0] for clip, path in files.items()}
-    return {clip: part[speaker] for clip, speaker in speaker_of.items() if speaker in part}
+    return {clip: part[row["speaker"]] for clip, row in rows.items() if row["speaker"] in part}
 
 
-def _subset(order: list[str], files: dict[str, Path], hours: float, name: str) -> list[str]:
+def _subset(order: list[str], rows: dict[str, dict], hours: float, name: str) -> list[str]:
     """Take utterances in `order` until `hours` are reached; unreadable ones are taken too, and skipped in training."""
     taken, seconds = [], 0.0
     for clip in order:
@@ -96,7 +109,7 @@ def _subset(order: list[str], files: dict[str, Path], hours: float, name: str) -
             return taken
         taken.append(clip)
         try:
-            seconds += soundfile.info(files[clip]).duration
+            seconds += soundfile.info(rows[clip]["path"]).duration
         except soundfile.LibsndfileError:
             continue
     if seconds < hours * 3600:

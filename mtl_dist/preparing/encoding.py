@@ -1,0 +1,158 @@
+"""From files to 16 kHz FLAC, in several processes; the results come back in the order of what was asked for."""
+
+import collections
+import dataclasses
+import io
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import wait
+
+import numpy as np
+import soundfile
+
+from mtl_dist.audio.reading import BadClipError, open_clip, read_stretch
+from mtl_dist.preparing.pieces import RATE, Piece
+
+STRETCH_SECONDS = 60
+"""A file is read, resampled and encoded in stretches of about so much: the memory that a long one takes."""
+
+CHUNK_ROWS, CHUNK_SECONDS = 8, 120
+"""How much a process is handed at a time: so many pieces, or what makes up so many seconds."""
+
+AHEAD = 4
+"""Chunks per process that are handed out before the first of them is back."""
+
+FULL_SCALE = 32_768
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Encoded:
+    """A piece as a row of a shard, or the reason why it cannot be one."""
+
+    row: dict | None
+    clipped: int = 0
+    """Samples that were beyond full scale after downmixing and resampling."""
+    name: str = ""
+    reason: str = ""
+
+
+def measure(paths: list[str]) -> list[tuple[int, int, int] | str]:
+    """Return (frames, rate, bytes) of every file by its header, or why it cannot be used."""
+    found = []
+    for path in paths:
+        try:
+            with open_clip({"path": path, "bytes": None}) as file:
+                found.append((file.frames, file.samplerate, os.path.getsize(path)))
+        except BadClipError as error:
+            found.append(error.reason)
+    return found
+
+
+def encode(piece: Piece) -> tuple[bytes, int, int]:
+    """Return (a FLAC file of 16 kHz, mono, 16 bit; its samples; how many of them were clipped).
+
+    Raises:
+        BadClipError: missing, truncated, NaN or Inf, or otherwise not to be read.
+    """
+    samples = clipped = 0
+    buffer = io.BytesIO()
+    with (
+        open_clip({"path": piece.path, "bytes": None}) as file,
+        soundfile.SoundFile(buffer, "w", RATE, 1, "PCM_16", format="FLAC") as out,
+    ):
+        for start, frames in _stretches(piece):
+            wave = read_stretch(file, start, frames, RATE)
+            clipped += int((np.abs(wave) > 1).sum())
+            samples += len(wave)
+            whole = np.rint(wave * FULL_SCALE)
+            out.write(whole.clip(-FULL_SCALE, FULL_SCALE - 1).astype(np.int16))
+    return buffer.getvalue(), samples, clipped
+
+
+def _stretches(piece: Piece) -> Iterator[tuple[int, int]]:
+    """Yield (start, frames) of whole seconds, so that every stretch begins on a sample of both rates."""
+    frames = STRETCH_SECONDS * piece.rate
+    count = max(1, int(piece.frames / frames + 0.5))
+    for n in range(count):
+        yield piece.start + n * frames, frames if n + 1 < count else piece.frames - n * frames
+
+
+def encode_chunk(pieces: list[Piece]) -> list[Encoded]:
+    """Encode some pieces; a bad one gives a reason in its place."""
+    done = []
+    for piece in pieces:
+        try:
+            data, samples, clipped = encode(piece)
+        except BadClipError as error:
+            done.append(Encoded(row=None, name=piece.name, reason=error.reason))
+            continue
+        row = {
+            "id": piece.id,
+            "audio": {"bytes": data, "path": f"{piece.id}.flac"},
+            "label": piece.label,
+            "speaker": piece.speaker,
+            "split": piece.split,
+            "seconds": samples / RATE,
+        }
+        done.append(Encoded(row=row, clipped=clipped))
+    return done
+
+
+def chunks(pieces: list[Piece]) -> Iterator[list[Piece]]:
+    """Cut a list of pieces into what processes are handed at a time."""
+    chunk: list[Piece] = []
+    for piece in pieces:
+        chunk.append(piece)
+        if len(chunk) == CHUNK_ROWS or sum(p.seconds for p in chunk) >= CHUNK_SECONDS:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+class Workers:
+    """Processes that do the work; they end with this one, however it ends."""
+
+    def __init__(self, count: int):
+        self.count = count
+        context = multiprocessing.get_context("fork")
+        self.pool = ProcessPoolExecutor(count, context, initializer=_end_with_parent)
+        self.pool.submit(os.getpid).result()  # all of them fork here, before there are threads
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.pool.shutdown(cancel_futures=True)
+
+    def in_order(self, function: Callable, tasks: Iterable) -> Iterator:
+        """Yield function(task) in the tasks' order, a bounded number of them ahead of what has been taken.
+
+        Raises:
+            concurrent.futures.process.BrokenProcessPool: a process died.
+        """
+        tasks, waiting = iter(tasks), collections.deque()
+        for task in itertools.islice(tasks, AHEAD * self.count):
+            waiting.append(self.pool.submit(function, task))
+        while waiting:
+            result = waiting.popleft().result()
+            for task in itertools.islice(tasks, 1):
+                waiting.append(self.pool.submit(function, task))
+            yield result
+
+
+def _end_with_parent() -> None:
+    """Of a process: leave Ctrl-C to the parent, and do not outlive it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process().sentinel
+
+    def watch() -> None:
+        wait([parent])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
