@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -47,7 +48,9 @@ def write_corpora(data: Path, work: Path) -> None:
         folder = work / "LibriSpeech/train-clean-100" / speaker / chapter
         folder.mkdir(parents=True)
         for copy in range(COPIES):
-            shutil.copyfile(source, folder / f"{speaker}-{chapter}-{int(number) + 1000 * copy:04d}.flac")
+            shutil.copyfile(
+                source, folder / f"{speaker}-{chapter}-{int(number) + 1000 * copy:04d}.flac"
+            )
     backgrounds = work / "CHiME3/data/audio/16kHz/backgrounds"
     backgrounds.mkdir(parents=True)
     for source in sorted((data / "noise").glob("*.flac")):
@@ -65,30 +68,38 @@ def serve(name: str, work: Path, workers: int) -> None:
     for line in sys.stdin:
         for _ in range(READY if workers else 0):
             next(batches)
-        clips, seconds, began = 0, 0.0, time.perf_counter()
-        while seconds < float(line):
+        clips, began, cpu = 0, time.perf_counter(), cpu_seconds()
+        while time.perf_counter() < began + float(line):
             clips += len(next(batches)[0])
-            seconds = time.perf_counter() - began
-        print(json.dumps(clips / seconds), flush=True)
+        seconds, cpu = time.perf_counter() - began, cpu_seconds() - cpu
+        print(json.dumps((clips / seconds, 1e3 * cpu / clips)), flush=True)
+
+
+def cpu_seconds() -> float:
+    """Return the processor time of this process and its workers."""
+    main = psutil.Process()
+    times = [process.cpu_times() for process in (main, *main.children(recursive=True))]
+    return sum(t.user + t.system for t in times)
 
 
 class Contender:
     """A process that serves batches on some cores, frozen unless it is its turn."""
 
-    def __init__(self, name: str, work: Path, cores: str, workers: int):
-        self.name, self.workers, self.megabytes = name, workers, 0.0
+    def __init__(self, stack: ExitStack, name: str, work: Path, cores: str, workers: int):
+        self.name, self.workers, self.megabytes, self.cpu = name, workers, 0.0, []
         words = ["taskset", "-c", cores, sys.executable, __file__, str(work)]
-        self.log = open(work / f"{name}.log", "a")  # noqa: SIM115
         began = time.perf_counter()
-        self.process = subprocess.Popen(
-            [*words, "--serve", name, "--workers", str(workers)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            start_new_session=True,
-        )
+        with (work / f"{name}.log").open("a") as log:
+            self.process = subprocess.Popen(
+                [*words, "--serve", name, "--workers", str(workers)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                start_new_session=True,
+            )
+        stack.callback(self.end)
         self.answer()
         self.first_seconds = time.perf_counter() - began
         os.killpg(self.process.pid, signal.SIGSTOP)
@@ -97,7 +108,7 @@ class Contender:
         """Wait for the process' next line."""
         line = self.process.stdout.readline()
         if not line:
-            sys.exit(f"{self.name} has ended, see {self.log.name}")
+            sys.exit(f"{self.name} has ended, see its log in the work folder")
         return json.loads(line)
 
     def turn(self, seconds: float) -> float:
@@ -105,7 +116,8 @@ class Contender:
         os.killpg(self.process.pid, signal.SIGCONT)
         self.process.stdin.write(f"{seconds}\n")
         self.process.stdin.flush()
-        rate = self.answer()
+        rate, cpu = self.answer()
+        self.cpu.append(cpu)
         os.killpg(self.process.pid, signal.SIGSTOP)
         self.megabytes = max(self.megabytes, *map(peak_megabytes, self.loading()))
         return rate
@@ -117,10 +129,10 @@ class Contender:
         return children if self.workers else [main]
 
     def end(self) -> None:
-        """Kill it with its workers."""
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.log.close()
+        """Kill it with its workers, unless that is done."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
 
 def peak_megabytes(process: psutil.Process) -> float:
@@ -129,18 +141,13 @@ def peak_megabytes(process: psutil.Process) -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
-def best_of(name: str, work: Path, cores: str, choices: list[int], seconds: float) -> Contender:
-    """Start a contender with each number of workers, and keep the faster."""
-    best, best_rate = None, 0.0
-    for workers in choices:
-        contender = Contender(name, work, cores, workers)
-        rate = contender.turn(seconds) if len(choices) > 1 else 1.0
-        loser = contender
-        if rate > best_rate:
-            best, best_rate, loser = contender, rate, best
-        if loser:
-            loser.end()
-    return best
+def best_of(contenders: list[Contender], seconds: float) -> Contender:
+    """Keep the fastest and end the others."""
+    if len(contenders) > 1:
+        contenders.sort(key=lambda contender: contender.turn(seconds))
+    for contender in contenders[:-1]:
+        contender.end()
+    return contenders[-1]
 
 
 def measure(options: argparse.Namespace, names: list[str], cores: str) -> list[tuple]:
@@ -148,15 +155,13 @@ def measure(options: argparse.Namespace, names: list[str], cores: str) -> list[t
     many = len(cores.split(","))
     choices = [0, 1] if many == 1 else [many]
     found = []
-    try:
+    with ExitStack() as stack:
         for name in names:
-            found.append((best_of(name, options.work, cores, choices, options.seconds), []))
+            tried = [Contender(stack, name, options.work, cores, workers) for workers in choices]
+            found.append((best_of(tried, options.seconds), []))
         for _ in range(options.turns):
             for contender, rates in found:
                 rates.append(contender.turn(options.seconds))
-    finally:
-        for contender, _ in found:
-            contender.end()
     return found
 
 
@@ -167,7 +172,7 @@ def report(found: list[tuple], cores: int) -> None:
         (rates for c, rates in found if c.name not in OURS), key=statistics.median, default=None
     )
     print("| loader | workers | clips/s: median, lowest to highest | over the best other |", end="")
-    print(" first batch, s | peak memory of a worker, MiB |\n" + "|---" * 6 + "|")
+    print(" CPU ms a clip | first batch, s | peak memory of a worker, MiB |\n" + "|---" * 7 + "|")
     for contender, rates in found:
         ratio = ""
         if best:
@@ -176,6 +181,7 @@ def report(found: list[tuple], cores: int) -> None:
         shown = f"{statistics.median(rates):.0f}, {min(rates):.0f} to {max(rates):.0f}"
         name = importlib.import_module(f"rivals.{contender.name}").NAME
         print(f"| {name} | {contender.workers} | {shown} | {ratio} ", end="")
+        print(f"| {statistics.median(contender.cpu):.2f} ", end="")
         print(f"| {contender.first_seconds:.1f} | {contender.megabytes:.0f} |")
     for contender, rates in found:
         if contender.name in OURS and cores == 1:

@@ -39,7 +39,7 @@ class Crops(Dataset):
     @staticmethod
     def crop(tracks) -> common.Crop:
         """Add the tracks (speech, noise at its gain), scaled by the speech's peak."""
-        speech, noise = tracks
+        speech, noise = (track.reshape(-1) for track in tracks)
         clean = common.normalise(speech)
         noisy = clean + noise * (1 / max(float(abs(speech).max()), 1e-3))
         noisy, scaled = common.within_one(common.pad(noisy), common.pad(clean))
