@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from loading import cpu_seconds
+
 from rivals import common, ours_folders, ours_prepared
 
 STAGES = {
@@ -86,7 +87,7 @@ def main() -> None:
     print(
         f"| without the profiler | {whole:.2f} ms a clip, of the processor {cpu:.2f} | |\n|---|---|---|"
     )
-    profile = cProfile.Profile()
+    profile = cProfile.Profile(time.process_time)
     profile.enable()
     whole, cpu = milliseconds_a_clip(lambda: list(islice(batches, number)), clips)
     profile.disable()
