@@ -13,7 +13,7 @@ NAME = "ours from prepared shards"
 def write(work: Path) -> None:
     """Prepare both corpora."""
     for kind, folder in (("librispeech", "LibriSpeech"), ("chime3", "CHiME3")):
-        words = [kind, "--root", str(work / folder), "--out", str(work / f"prepared_{folder}")]
+        words = [kind, str(work / folder), str(work / f"prepared_{folder}"), "--shard_mb", "64"]
         subprocess.run([sys.executable, "-m", "mtl_dist.cli", "prepare", *words], check=True)
 
 
