@@ -203,6 +203,7 @@ def main() -> None:
     parser.add_argument("--serve", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--workers", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.work = options.work.resolve()
     if options.serve:
         serve(options.serve, options.work, options.workers)
         return
