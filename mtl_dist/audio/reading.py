@@ -8,16 +8,20 @@ import contextlib
 import io
 import math
 import re
+from collections.abc import Iterator
 
 import numpy as np
 import soundfile
 import soxr
 
 EDGE_BLOCK_SECONDS = 1.0
-"""How much is read at a time while looking for the first and the last sound of a file."""
+"""Frames of loudness are counted from the start of every such block of a file."""
 
 FRAME_SECONDS = 0.02
 """Loudness is judged over frames of 20 ms, the usual frame of speech analysis."""
+
+EDGE_FRAMES = 10
+"""How many of these frames are read at a time while looking for the first and the last sound of a file."""
 
 MARGIN_SECONDS = 0.02
 """Context read on both sides of a stretch, so that resampling it equals resampling the whole file."""
@@ -41,6 +45,18 @@ class BadFramesError(ValueError):
     """Frames that cannot be used, before it is known what to call their file."""
 
 
+class StretchFile(soundfile.SoundFile):
+    """A file whose stretches are sought before they are read, and only then.
+
+    soundfile also seeks to where it already is after every read of a file that can seek: in FLAC that decodes a frame anew,
+    which is a good part of the time of a short stretch.
+    """
+
+    def seekable(self) -> bool:
+        """Say no, so that a read is a read."""
+        return False
+
+
 def clip_name(audio: dict) -> str:
     """Return what to call a file in messages."""
     return audio.get("path") or "<bytes without a name>"
@@ -57,7 +73,7 @@ def open_clip(audio: dict):
     if data is None and audio.get("path") is None:
         raise BadClipError(name, "has neither a path nor bytes")
     try:
-        file = soundfile.SoundFile(audio["path"] if data is None else io.BytesIO(data))
+        file = StretchFile(audio["path"] if data is None else io.BytesIO(data))
     except (soundfile.LibsndfileError, OSError, TypeError) as error:  # TypeError: *.raw
         raise BadClipError(name, f"cannot be read as audio ({error})") from error
     with file:
@@ -87,7 +103,8 @@ def read_frames(file: soundfile.SoundFile, start: int, frames: int) -> np.ndarra
     Raises:
         BadFramesError: they are not there, or not finite; open_clip turns it into a BadClipError with the file's name.
     """
-    file.seek(start)
+    if file.tell() != start:
+        file.seek(start)
     samples = file.read(frames, dtype="float32", always_2d=True)
     if len(samples) < frames:
         raise BadFramesError(
@@ -128,29 +145,36 @@ def sounding_span(file: soundfile.SoundFile, silence_db: float) -> tuple[int, in
     A frame of 20 ms is silent below `silence_db` dBFS (root mean square). Only the file's ends are read. A file that is
     silent throughout is returned whole: trimming must not empty a clip.
     """
-    block = max(1, round(EDGE_BLOCK_SECONDS * file.samplerate))
     hop = max(1, round(FRAME_SECONDS * file.samplerate))
-    start = None
-    for begin in range(0, file.frames, block):
-        loud = _loud_frames(file, begin, min(block, file.frames - begin), hop, silence_db)
+    for begin, length in _pieces(file, hop, 1):
+        loud = _loud_frames(file, begin, length, hop, silence_db)
         if len(loud):
             start = begin + int(loud[0]) * hop
             break
-    if start is None:
+    else:
         return 0, file.frames
-    for begin in range((file.frames - 1) // block * block, -1, -block):
-        length = min(block, file.frames - begin)
+    for begin, length in _pieces(file, hop, -1):
         loud = _loud_frames(file, begin, length, hop, silence_db)
         if len(loud):
             return start, min(begin + length, begin + (int(loud[-1]) + 1) * hop)
     raise AssertionError("a file with a first loud frame has a last one")
 
 
+def _pieces(file: soundfile.SoundFile, hop: int, step: int) -> Iterator[tuple[int, int]]:
+    """Yield (begin, length) of pieces of whole frames of `hop` samples, from the start (step 1) or from the end (-1)."""
+    block = max(1, round(EDGE_BLOCK_SECONDS * file.samplerate))
+    for first in range(0, file.frames, block)[::step]:
+        stop = min(first + block, file.frames)
+        for begin in range(first, stop, EDGE_FRAMES * hop)[::step]:
+            yield begin, min(EDGE_FRAMES * hop, stop - begin)
+
+
 def _loud_frames(file, begin: int, length: int, hop: int, silence_db: float) -> np.ndarray:
     """Indices of the frames of `hop` samples in [begin, begin + length) that are not silent."""
     wave = read_frames(file, begin, length)
-    frames = np.pad(wave, (0, -length % hop)).reshape(-1, hop)
+    frames = np.zeros((-(-length // hop), hop))
+    frames.reshape(-1)[:length] = wave
     used = np.full(len(frames), hop)
     used[-1] = length - (len(frames) - 1) * hop
-    power = (frames.astype(np.float64) ** 2).sum(axis=1) / used
+    power = (frames**2).sum(axis=1) / used
     return np.flatnonzero(power > 10.0 ** (silence_db / 10.0))
