@@ -7,7 +7,7 @@ override: `--section.field value`. `--print_config` shows everything, `--help` e
 import dataclasses
 import difflib
 import re
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 import jsonargparse
 import yaml
@@ -64,8 +64,8 @@ FREE_TO_CHANGE = {
 }
 """Fields that may differ when a run goes on: they do not change what is learned from a given round."""
 
-PLACES = (".root", ".manifest")
-"""Endings of fields that say where a corpus lies: it may have moved."""
+PLACES = re.compile(r"corpora\.\w+\.(root|manifest|sources|remote\..*)")
+"""Fields that say where a corpus lies and how it is fetched: it may have moved."""
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -159,14 +159,22 @@ def _check_length(words: list[str], config: Config) -> None:
 
 
 def _make(kind: type, values: jsonargparse.Namespace, section: str):
-    """Build a section; first its fields that are dataclasses themselves."""
-    parts = {n: v for n, v in vars(values).items() if isinstance(v, jsonargparse.Namespace)}
-    types = get_type_hints(kind) if parts else {}
+    """Build a section; first its fields that are dataclasses themselves, or lists of them."""
+    types = get_type_hints(kind)
     try:
-        built = {name: types[name](**vars(part)) for name, part in parts.items()}
-        return kind(**vars(values) | built)
+        return kind(
+            **{name: _built(types.get(name), value) for name, value in vars(values).items()}
+        )
     except ValueError as error:
         raise ConfigError(f"{section}.{error}") from None
+
+
+def _built(kind: type, value):
+    if isinstance(value, jsonargparse.Namespace):
+        return kind(**vars(value))
+    if isinstance(value, list) and any(isinstance(item, jsonargparse.Namespace) for item in value):
+        return [_built(get_args(kind)[0], item) for item in value]
+    return value
 
 
 def _check_together(config: Config) -> None:
@@ -202,7 +210,7 @@ def differences(config: Config, saved_text: str) -> list[str]:
     return [
         f"{key}: {saved.get(key)!r} -> {now.get(key)!r}"
         for key in sorted({*saved, *now} - FREE_TO_CHANGE)
-        if saved.get(key) != now.get(key) and not key.endswith(PLACES)
+        if saved.get(key) != now.get(key) and not PLACES.fullmatch(key)
     ]
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import logging
 from collections.abc import Iterator
 
-import datasets
 import torch
 from accelerate import Accelerator
 
@@ -15,6 +14,7 @@ from mtl_dist.phases import Phases
 from mtl_dist.runtime import collect
 from mtl_dist.streams.keys import generator
 from mtl_dist.streams.rounds import keyed_generators
+from mtl_dist.streams.table import Table
 from mtl_dist.tasks.base import Task, TaskBatch
 
 log = logging.getLogger("mtl_dist")
@@ -61,7 +61,7 @@ def too_many_bad(names: list[str], bad: int, clips: int, share: float) -> str | 
     )
 
 
-def fixed_rows(table: datasets.Dataset, limit: int | None, split_seed: int) -> list[int]:
+def fixed_rows(table: Table, limit: int | None, split_seed: int) -> list[int]:
     """Return the row numbers to evaluate: all, or `limit` drawn once and for all by data.split_seed."""
     rows = generator(split_seed, "evaluation").permutation(len(table)).tolist()
     return rows[:limit]
@@ -70,7 +70,7 @@ def fixed_rows(table: datasets.Dataset, limit: int | None, split_seed: int) -> l
 def evaluation_batches(
     experiment: Experiment,
     task: Task,
-    table: datasets.Dataset,
+    table: Table,
     rows: list[int],
     bad: list[str],
     crops: int = 1,
@@ -82,7 +82,8 @@ def evaluation_batches(
     seed = experiment.config.data.split_seed
     draws = [f"evaluation {n}" if n else "evaluation" for n in range(crops)]
     keyed = [keyed_generators(seed, task.name, d) for d in draws[: crops if task.by_crops else 1]]
-    for row in table.select(rows).to_iterable_dataset() if rows else []:
+    read = table.reader(held=1)
+    for row in map(read, rows):
         try:
             yield [
                 task.prepare(task.evaluation_clips(row, experiment.reader, key), key)
@@ -122,6 +123,10 @@ def evaluate(
         rows = fixed_rows(table, limit, seed)[
             accelerator.process_index :: accelerator.num_processes
         ]
+        block = table.rows["block"][:]
+        rows.sort(
+            key=block.__getitem__
+        )  # each is read once; clips with files of their own stay where they are
         sums, bad, done = Sums(), [], 0
         crops = experiment.config.evaluation.crops
         for batches in evaluation_batches(experiment, task, table, rows, bad, crops):

@@ -4,11 +4,13 @@ import dataclasses
 import hashlib
 import math
 import sys
+from collections.abc import Mapping
 from platform import node
 
 import datasets
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from mtl_dist.audio.clips import ClipReader
 from mtl_dist.config import Config, ConfigError
@@ -19,6 +21,8 @@ from mtl_dist.models.wavenet import WaveNetTrunk, receptive_field
 from mtl_dist.phases import Phases
 from mtl_dist.runtime import World, collect
 from mtl_dist.streams.rounds import RoundStream
+from mtl_dist.streams.shards import Shards
+from mtl_dist.streams.table import Table
 from mtl_dist.tasks import TASKS, Task, TaskContext
 
 
@@ -31,14 +35,20 @@ class Experiment:
     tasks: dict[str, Task]
     reader: ClipReader
 
-    def table(self, task: str) -> datasets.Dataset:
+    def table(self, task: str) -> Table:
         """Return the training rows of all sources of a task."""
         sources = [self.corpora[name].splits["train"] for name in self.tasks[task].config.sources]
-        return datasets.concatenate_datasets(sources) if len(sources) > 1 else sources[0]
+        rows = datasets.concatenate_datasets(sources) if len(sources) > 1 else sources[0]
+        return Table(rows, self.shards())
 
-    def evaluation_table(self, task: str, split: str) -> datasets.Dataset:
+    def evaluation_table(self, task: str, split: str) -> Table:
         """Return the rows of a split that a task is evaluated on: those of its first source."""
-        return self.corpora[self.tasks[task].config.sources[0]].splits[split]
+        source = self.corpora[self.tasks[task].config.sources[0]]
+        return Table(source.splits[split], self.shards())
+
+    def shards(self) -> dict[str, Shards]:
+        """Return where the blocks of the corpora lie that are not files of their own."""
+        return {n: corpus.shards for n, corpus in self.corpora.items() if corpus.shards is not None}
 
     def rounds(
         self, world: World, accumulation: int, first_round: int, positions: dict[str, int]
@@ -71,15 +81,16 @@ class Experiment:
         return MultitaskModel(trunk, self.tasks)
 
 
-def build_experiment(config: Config) -> Experiment:
-    """List the corpora that the trained tasks hear, and build the tasks.
+def build_experiment(config: Config, known: Mapping[str, Corpus] | None = None) -> Experiment:
+    """List the corpora that the trained tasks hear, but for those that are `known`, and build the tasks.
 
     Raises:
         ConfigError: a corpus or task cannot be built as configured; the message names the field, file or row.
     """
+    known = known or {}
     try:
         corpora = {
-            name: config.corpora[name].load(name, config.data.split_seed)
+            name: known.get(name) or config.corpora[name].load(name, config.data.split_seed)
             for name in config.corpora_heard()
         }
         _check_missing(corpora, config.data.max_bad_share)
@@ -99,23 +110,41 @@ def build_experiment(config: Config) -> Experiment:
     )
     experiment = Experiment(config=config, corpora=corpora, tasks=tasks, reader=reader)
     for name in tasks:
-        if not len(experiment.table(name)):
+        table = experiment.table(name)
+        if not len(table):
             raise ConfigError(
                 f"tasks.{name}.sources: {tasks[name].config.sources} hold no training clips"
             )
+        try:
+            table.dealt(config.train.global_batch)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
     return experiment
 
 
 def build_together(accelerator: Accelerator, config: Config, phases: Phases) -> Experiment:
-    """Build the experiment on the first process of every node, which may have to make corpora, then on the others."""
+    """Build the experiment on rank 0, on the first process of every other node, and on the rest.
+
+    The first of a node may have to make corpora. What lies in shards is listed by rank 0 alone, which tells the others.
+    """
     experiment, problem = None, []
-    for first in (True, False):
-        if accelerator.is_local_main_process == first and not problem:
+    place = 2 - accelerator.is_local_main_process - accelerator.is_main_process
+    known: list[dict[str, Corpus]] = [{}]
+    for turn in range(3):
+        if place == turn:
             try:
-                experiment = build_experiment(config)
+                experiment = build_experiment(config, known[0])
             except ConfigError as error:
                 problem = [str(error) if accelerator.is_main_process else f"on {node()}: {error}"]
         raise_together(accelerator, problem, phases)
+        if turn == 0 and accelerator.num_processes > 1:
+            corpora = experiment.corpora if experiment else {}
+            known = [{n: c for n, c in corpora.items() if c.shards is not None}]
+            phases.enter("collective")
+            broadcast_object_list(known)
+            phases.enter("start")
+    for corpus in experiment.shards().values():
+        corpus.rank = accelerator.process_index
     return experiment
 
 

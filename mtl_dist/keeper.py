@@ -40,6 +40,8 @@ class Keeper:
             f"corpora.{name}": fingerprint(corpus.splits["train"])
             for name, corpus in experiment.corpora.items()
         }
+        for name, shards in experiment.shards().items():
+            self.tables |= {f"corpora.{name}: {f}": d for f, d in shards.fingerprint().items()}
         self.kept_best: tuple[float | None, int] = (None, 0)
         self.writer = ThreadPoolExecutor(max_workers=1)
         self.being_written: tuple[TrainState, Future | None] | None = None

@@ -20,6 +20,7 @@ from mtl_dist.config import Config
 from mtl_dist.evaluation import Evaluation
 from mtl_dist.round import RoundReport
 from mtl_dist.run_folder import RunFolder
+from mtl_dist.streams.rounds import Read
 
 log = logging.getLogger("mtl_dist")
 PLAIN_LINE_SECONDS = 10.0
@@ -51,13 +52,15 @@ class Monitor:
         self.bar_epoch = -1
         self.last_line = 0.0
         self.validated: dict[str, float] = {}
+        self.waited: float | None = None
         self._reset_rates()
         if first_round == 0:
             self.writer.add_text("configuration", f"```yaml\n{config.text}\n```", 0)
 
     def _reset_rates(self) -> None:
         self.since, self.clips, self.audio_seconds = time.perf_counter(), 0.0, 0.0
-        self.rounds_seen = 0
+        self.rounds_seen, self.ahead = 0, 0.0
+        self.read: dict[str, Read] = {}
 
     def round(
         self,
@@ -70,6 +73,9 @@ class Monitor:
         self.clips += report.clips
         self.audio_seconds += report.audio_seconds
         self.rounds_seen += 1
+        self.ahead += report.ahead
+        for corpus, read in report.read.items():
+            self.read[corpus] = self.read.get(corpus, Read()) + read
         self._progress(number, report)
         if times is None:
             return
@@ -84,7 +90,12 @@ class Monitor:
             "time/seconds_per_round": seconds / self.rounds_seen,
             "time/data_wait_share": times["time/data"] * self.rounds_seen / seconds,
         }
+        for corpus, read in self.read.items():
+            scalars[f"stream/{corpus}/clips_per_second"] = read.clips / seconds
+            scalars[f"stream/{corpus}/bytes_per_second"] = read.stored_bytes / seconds
+        scalars["stream/rounds_ahead"] = self.ahead / self.rounds_seen
         scalars |= times | memory()
+        self.waited = scalars["time/data_wait_share"]
         self._write("round", number, scalars)
         self._reset_rates()
 
@@ -193,6 +204,7 @@ class Monitor:
         shown = {name: f"{value:.3f}" for name, value in self.validated.items()}
         shown |= {"loss": f"{report.total:.4g}"}
         shown |= {name: f"{loss:.4g}" for name, loss in report.losses.items()}
+        shown |= {} if self.waited is None else {"waiting for data": f"{self.waited:.0%}"}
         if self.terminal:
             if epoch != self.bar_epoch:
                 if self.bar is not None:

@@ -14,13 +14,16 @@ import torch
 from mtl_dist.engines import Engine
 from mtl_dist.phases import Phases
 from mtl_dist.runtime import collect, sum_over_ranks
-from mtl_dist.streams.rounds import MicroBatch, Round
+from mtl_dist.streams.rounds import MicroBatch, Read, Round
 from mtl_dist.tasks.base import Task, TaskBatch
 
 
 @dataclasses.dataclass(kw_only=True)
 class RoundReport:
-    """What happened in a round, over all ranks. `losses` are means per term; `total` is their weighted sum."""
+    """What happened in a round, over all ranks. `losses` are means per term; `total` is their weighted sum.
+
+    `read` says what was heard of each corpus, `ahead` how many rounds a rank had ready, on the average.
+    """
 
     losses: dict[str, float]
     counts: dict[str, float]
@@ -30,6 +33,8 @@ class RoundReport:
     audio_seconds: float
     bad: list[str]
     stop: bool
+    read: dict[str, Read] = dataclasses.field(default_factory=dict)
+    ahead: float = 0.0
     nonfinite: list[str] = dataclasses.field(default_factory=list)
     """"task: clip, clip" for every task whose loss is not finite, or the gradient that is not."""
 
@@ -61,13 +66,14 @@ def run_round(
     names, accelerator = list(tasks), engine.accelerator
     phases = phases or Phases()
     counts = [sum(tasks[n].count(m.batch) for m in round_.micro_batches[n]) for n in names]
-    extra = [round_.clips, round_.audio_seconds, len(round_.bad)]
+    extra = [round_.clips, round_.audio_seconds, len(round_.bad), round_.ahead]
+    extra += [number for read in round_.read.values() for number in read]
     phases.enter("collective")
     facts = sum_over_ranks(
         accelerator, torch.tensor([*counts, *extra], dtype=torch.float64)
     ).tolist()
     count_of = dict(zip(names, facts, strict=False))
-    clips, audio_seconds, bad = facts[len(names) :]
+    clips, audio_seconds, bad, ahead, *read = facts[len(names) :]
 
     phases.enter("forward/backward")
     sums = dict.fromkeys(names, 0.0)
@@ -109,6 +115,10 @@ def run_round(
         audio_seconds=audio_seconds,
         bad=collect(accelerator, round_.bad) if bad else [],
         stop=stops > 0,
+        read=dict(
+            zip(round_.read, map(Read._make, zip(*[iter(read)] * 2, strict=True)), strict=True)
+        ),
+        ahead=ahead / accelerator.num_processes,
         nonfinite=nonfinite,
     )
 

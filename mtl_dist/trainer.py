@@ -16,7 +16,7 @@ from mtl_dist.round import RoundReport, run_round
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.runtime import StopRequest, precision_asked_for, world_of
 from mtl_dist.stragglers import Stragglers
-from mtl_dist.streams.rounds import end_workers, make_loader
+from mtl_dist.streams.rounds import Rounds
 from mtl_dist.tables import results_table
 
 
@@ -75,7 +75,7 @@ class Trainer:
             TrainingError: too many bad files, or too many rounds in a row with a non-finite loss.
         """
         state, train = self.state, self.config.train
-        rounds = iter(self._loader())
+        rounds = self._rounds()
         first = state.round
         try:
             while state.round < self.plan.rounds and self._patient():
@@ -94,7 +94,7 @@ class Trainer:
                     self._say(f"stopped after round {state.round}; go on with --run.resume auto")
                     return None
         finally:
-            end_workers(rounds)
+            rounds.close()
         if not self._patient():
             self._say(
                 f"no better validation in {train.patience}: stopped after round {state.round}"
@@ -151,14 +151,14 @@ class Trainer:
         if self.monitor is not None:
             self.monitor.say(text)
 
-    def _loader(self):
+    def _rounds(self) -> Rounds:
         stream = self.experiment.rounds(
             world_of(self.accelerator),
             self.plan.accumulation,
             self.state.round,
             self.state.positions,
         )
-        return make_loader(stream, self.config.data.workers, self.accelerator.device.type == "cuda")
+        return stream.rounds(self.config.data.workers, self.accelerator.device.type == "cuda")
 
     def _due(self, every: int | None) -> bool:
         return self.state.round == self.plan.rounds or (

@@ -21,7 +21,7 @@ from mtl_dist.evaluation import evaluation_batches
 from mtl_dist.experiment import build_experiment
 from mtl_dist.runtime import World
 from mtl_dist.streams.keys import generator
-from mtl_dist.streams.rounds import keyed_generators, make_loader, prepare
+from mtl_dist.streams.rounds import keyed_generators, prepare
 
 RATE = 16_000
 ALONE = World()
@@ -212,7 +212,7 @@ def augmented(corpora_root):
 def rounds_of(experiment, number: int, world=ALONE, workers: int = 0, start: int = 0) -> list:
     positions = dict.fromkeys(experiment.tasks, start * experiment.config.train.global_batch)
     stream = experiment.rounds(world, 1, start, positions)
-    return list(itertools.islice(iter(make_loader(stream, workers, pin_memory=False)), number))
+    return list(itertools.islice(stream.rounds(workers, pin_memory=False), number))
 
 
 def batches(round_, task: str):

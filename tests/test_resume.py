@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ENTRY = "mtl_dist/train.py"
-MEASURED = ("throughput/", "time/", "memory/")  # of the machine, not of the training
+MEASURED = ("throughput/", "time/", "memory/", "stream/")  # of the machine, not of the training
 LAST = "round_00000012"
 
 

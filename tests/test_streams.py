@@ -16,7 +16,7 @@ from mtl_dist.experiment import build_experiment
 from mtl_dist.runtime import World
 from mtl_dist.streams.keys import generator
 from mtl_dist.streams.order import Order
-from mtl_dist.streams.rounds import RoundStream, keyed_generators, make_loader, prepare
+from mtl_dist.streams.rounds import RoundStream, keyed_generators, prepare
 
 GLOBAL_BATCH = 8
 ALONE = World()
@@ -36,8 +36,11 @@ def stream(experiment, world=ALONE, accumulation=1, first_round=0, batch=GLOBAL_
     )
 
 
-def first(rounds, number: int) -> list:
-    return list(itertools.islice(iter(rounds), number))
+def first(stream, number: int, workers: int = 0) -> list:
+    rounds = stream.rounds(workers, pin_memory=False)
+    found = list(itertools.islice(rounds, number))
+    rounds.close()
+    return found
 
 
 def flat(*shares) -> dict:
@@ -69,23 +72,54 @@ def toy_table(rows: int):
     return make_corpus("toy", listed).splits["train"]
 
 
-@given(rows=st.integers(1, 9), epochs=st.integers(1, 3), start=st.integers(0, 10**9))
-@settings(max_examples=15, deadline=None)
-def test_every_row_comes_exactly_once_an_epoch(rows, epochs, start):
-    order = Order(toy_table(rows), 0, "task")
-    begin = start // rows * rows
-    seen = [row["id"] for _, row in order.rows(iter(range(begin, begin + epochs * rows)))]
+BLOCKS = st.lists(st.integers(1, 5), min_size=1, max_size=9).map(
+    lambda sizes: np.repeat(np.arange(len(sizes)), sizes)
+)
+"""Tables of blocks of different sizes: the block of every row."""
+
+
+@given(
+    blocks=BLOCKS, lanes=st.integers(1, 7), epochs=st.integers(1, 3), start=st.integers(0, 10**9)
+)
+@settings(max_examples=50, deadline=None)
+def test_every_row_comes_exactly_once_an_epoch(blocks, lanes, epochs, start):
+    order = Order(blocks, lanes, (0, "task"))
+    rows, begin = len(order), start // len(blocks) * len(blocks)
+    seen = [row for _, row in order.rows(iter(range(begin, begin + epochs * rows)))]
     for epoch in range(epochs):
-        assert sorted(seen[epoch * rows : (epoch + 1) * rows]) == sorted(map(str, range(rows)))
+        assert sorted(seen[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
 
 
-@given(rows=st.integers(1, 9), start=st.integers(0, 20), step=st.integers(1, 7))
-@settings(max_examples=15, deadline=None)
-def test_any_positions_have_the_rows_of_the_whole_order(rows, start, step):
-    order = Order(toy_table(rows), 0, "task")
-    whole = [(epoch, row["id"]) for epoch, row in order.rows(iter(range(30)))]
-    places = range(start, 30, step)
-    assert [(e, row["id"]) for e, row in order.rows(iter(places))] == [whole[n] for n in places]
+@given(blocks=BLOCKS, lanes=st.integers(1, 7), start=st.integers(0, 20), step=st.integers(1, 7))
+@settings(max_examples=50, deadline=None)
+def test_any_positions_have_the_rows_of_the_whole_order(blocks, lanes, start, step):
+    order = Order(blocks, lanes, (0, "task"))
+    whole, places = list(order.rows(iter(range(90)))), range(start, 90, step)
+    assert list(order.rows(iter(places))) == [whole[n] for n in places]
+
+
+@given(blocks=BLOCKS, lanes=st.integers(1, 7))
+@settings(max_examples=50, deadline=None)
+def test_a_lane_reads_block_after_block_and_shares_only_its_first_and_last(blocks, lanes):
+    order = Order(blocks, lanes, (0, "task"))
+    rows = order.permutation(0)
+    visits = [[b for b, _ in itertools.groupby(blocks[rows[lane::lanes]])] for lane in range(lanes)]
+    if blocks.max() + 1 < len(blocks):
+        assert all(len(seen) == len(set(seen)) for seen in visits)
+        inner = [block for seen in visits for block in seen[1:-1]]
+        assert len(inner) == len(set(inner))
+        assert sum(map(len, visits)) <= blocks.max() + lanes
+
+
+def test_the_lanes_of_1024_ranks_are_disjoint_and_complete():
+    blocks = np.repeat(np.arange(9_293), 16)[:148_688]
+    order = Order(blocks, 1024 * 4, (0, "next_step"))
+    epoch = order.permutation(3)
+    of_rank = [
+        epoch[[n for r in range(4) for n in range(rank * 4 + r, len(epoch), 4096)]]
+        for rank in range(1024)
+    ]
+    assert sorted(np.concatenate(of_rank)) == list(range(148_688))
 
 
 def test_every_clip_comes_exactly_once_an_epoch_through_the_rounds(tiny_experiment, truth):
@@ -99,15 +133,16 @@ def test_every_clip_comes_exactly_once_an_epoch_through_the_rounds(tiny_experime
 def test_epochs_and_tasks_have_orders_of_their_own(tiny_experiment):
     table = tiny_experiment.table("next_step")
     orders = [
-        Order(table, seed, name).permutation(epoch).tolist()
+        Order(table.blocks(), 4, (seed, name)).permutation(epoch).tolist()
         for seed, name, epoch in [(0, "a", 0), (0, "a", 1), (0, "b", 0), (1, "a", 0)]
     ]
     assert len(set(map(tuple, orders))) == 4
 
 
-def test_loader_workers_change_nothing(tiny_experiment, truth):
-    loader = make_loader(stream(tiny_experiment), workers=3, pin_memory=False)
-    for number, (round_, wanted) in enumerate(zip(first(loader, 8), truth, strict=True)):
+@pytest.mark.parametrize("workers", [1, 3])
+def test_loader_workers_change_nothing(tiny_experiment, truth, workers):
+    found = first(stream(tiny_experiment), 8, workers)
+    for number, (round_, wanted) in enumerate(zip(found, truth, strict=True)):
         assert round_.number == number
         assert_equal_rounds(flat(round_), wanted)
 
@@ -134,7 +169,7 @@ def test_a_stream_that_goes_on_at_any_round_equals_the_whole(tiny_experiment, tr
 def test_going_on_with_other_ranks_and_workers_equals_the_whole(tiny_experiment, truth):
     worlds = [World(rank=rank, size=2) for rank in range(2)]
     streams = [stream(tiny_experiment, world, 2, first_round=3) for world in worlds]
-    shares = [first(make_loader(s, workers=2, pin_memory=False), 5) for s in streams]
+    shares = [first(s, 5, workers=2) for s in streams]
     for parts, wanted in zip(zip(*shares, strict=True), truth[3:], strict=True):
         assert_equal_rounds(flat(*parts), wanted)
 
@@ -237,4 +272,4 @@ def test_draws_of_different_keys_are_not_correlated():
 
 def test_a_stream_without_clips_is_refused():
     with pytest.raises(ValueError, match="no clips"):
-        Order(toy_table(0), 0, "task")
+        Order(np.zeros(0, np.int64), 1, (0, "task"))

@@ -210,7 +210,8 @@ def test_a_clip_whose_background_is_silent_is_no_score_of_noise_reduction(tiny_e
 def test_noise_of_a_split_is_not_heard_in_another(tiny_experiment):
     """Training hears the first 80 % of a recording only: the noise must be found there, sample for sample."""
     task = tiny_experiment.tasks["noise_reduction"]
-    files = [row["path"] for row in task.noise.audio]
+    rows = tiny_experiment.corpora[task.config.noise].splits["train"]
+    files = [audio["path"] for audio in rows["audio"]]
     waves = [librosa.load(path, sr=None)[0] for path in files]
     shares = {"train": (0.0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1.0)}
     for split, (low, high) in shares.items():

@@ -11,7 +11,6 @@ from mtl_dist.audio.transforms import hold_samples
 from mtl_dist.config import load_config
 from mtl_dist.experiment import Experiment, build_experiment
 from mtl_dist.runtime import World
-from mtl_dist.streams.rounds import make_loader
 from mtl_dist.tasks import TaskBatch, register_task
 from mtl_dist.tasks.base import Keyed, pad_waves
 from mtl_dist.tasks.noise_reduction import NoiseReduction
@@ -50,6 +49,6 @@ def experiment(librispeech: Path, chime3: Path) -> Experiment:
 def batches_from(librispeech: Path, chime3: Path, workers: int) -> Iterator[common.Batch]:
     """Yield batches of the rounds of one rank."""
     stream = experiment(librispeech, chime3).rounds(World(), 1, 0, {"both_inputs": 0})
-    for round_ in make_loader(stream, workers, pin_memory=False):
+    for round_ in stream.rounds(workers, pin_memory=False):
         batch = round_.micro_batches["both_inputs"][0].batch
         yield batch.inputs[:, 0], batch.inputs[:, 1], batch.targets

@@ -9,6 +9,7 @@ import io
 import math
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import soundfile
@@ -62,6 +63,14 @@ def clip_name(audio: dict) -> str:
     return audio.get("path") or "<bytes without a name>"
 
 
+def stored_bytes(audio: dict) -> int:
+    """Return the size of a clip as it is stored; 0 where it is not there."""
+    if audio.get("bytes") is not None:
+        return len(audio["bytes"])
+    path = Path(audio["path"])
+    return path.stat().st_size if path.is_file() else 0
+
+
 @contextlib.contextmanager
 def open_clip(audio: dict):
     """Open {"path", "bytes"} as a soundfile.SoundFile with at least one frame.
@@ -72,6 +81,8 @@ def open_clip(audio: dict):
     name, data = clip_name(audio), audio.get("bytes")
     if data is None and audio.get("path") is None:
         raise BadClipError(name, "has neither a path nor bytes")
+    if data is not None and not data:
+        raise BadClipError(name, "holds no bytes")
     try:
         file = StretchFile(audio["path"] if data is None else io.BytesIO(data))
     except (soundfile.LibsndfileError, OSError, TypeError) as error:  # TypeError: *.raw

@@ -1,7 +1,8 @@
 """What a corpus is: rows per split in a Hugging Face `datasets` table, read by name through a registry.
 
-A row is {"id", "audio": {"path", "bytes"}, "label", "split"}; audio stays bytes or a path until a task needs a stretch of
-it. A new kind of corpus is a dataclass with a `load` and @register_corpus("its_name"). Tested by tests/test_corpora.py.
+A row is {"id", "audio": {"path", "bytes"}, "label", "split", "corpus", "block", "place"}; audio stays a path, or lies in the
+corpus' shards, until a task needs a stretch of it: a block of -1 says that the clip has a file of its own. A new kind of
+corpus is a dataclass with a `load` and @register_corpus("its_name"). Tested by tests/test_corpora.py.
 """
 
 import csv
@@ -13,6 +14,7 @@ from pathlib import Path
 import datasets
 
 from mtl_dist.streams.keys import generator
+from mtl_dist.streams.shards import Shards
 
 FEATURES = datasets.Features(
     {
@@ -20,6 +22,9 @@ FEATURES = datasets.Features(
         "audio": {"path": datasets.Value("string"), "bytes": datasets.Value("binary")},
         "label": datasets.Value("int64"),
         "split": datasets.Value("string"),
+        "corpus": datasets.Value("string"),
+        "block": datasets.Value("int64"),
+        "place": datasets.Value("int64"),
     }
 )
 SPLITS = ("train", "validation", "test")
@@ -39,6 +44,17 @@ class Listing:
     classes: list[str] = dataclasses.field(default_factory=list)
     missing: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     """As in Corpus."""
+    shards: Shards | None = None
+    """As in Corpus; rows in shards have "block" and "place" instead of "path"."""
+    in_pieces: bool = False
+    """As in Corpus."""
+
+    def corpus(self, name: str, rows: Iterable[dict], classes: list[str] | None = None) -> "Corpus":
+        """Return the corpus of these clips: `rows` as listed, with split and full id."""
+        made = make_corpus(
+            name, rows, classes if classes is not None else self.classes, self.missing
+        )
+        return dataclasses.replace(made, shards=self.shards, in_pieces=self.in_pieces)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -50,6 +66,10 @@ class Corpus:
     classes: list[str] = dataclasses.field(default_factory=list)
     missing: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     """{split, or `any` where a table does not say: paths that are listed and not there}."""
+    shards: Shards | None = None
+    """What reads the blocks of rows that have no file of their own."""
+    in_pieces: bool = False
+    """Whether recordings were cut into pieces, of which every split has its own."""
 
     def describe(self) -> str:
         """One line for the log."""
@@ -101,9 +121,12 @@ def make_corpus(
         table[row["split"]].append(
             {
                 "id": row["id"],
-                "audio": {"path": str(row["path"]), "bytes": None},
+                "audio": {"path": row.get("path") and str(row["path"]), "bytes": None},
                 "label": index[row["label"]] if classes else -1,
                 "split": row["split"],
+                "corpus": name,
+                "block": row.get("block", -1),
+                "place": row.get("place", 0),
             }
         )
     splits = {

@@ -3,19 +3,21 @@
 import dataclasses
 import re
 
-from mtl_dist.corpora.base import Corpus, Listing, make_corpus, register_corpus, require_folder
+from mtl_dist.corpora.base import Corpus, Listing, register_corpus, require_folder
+from mtl_dist.corpora.sharded import InShards
 from mtl_dist.corpora.synthetic import resolve_root
 
+PIECE = re.compile(r"(?:.*/)?BGD_\d+_\w+?_([A-Z]{3})(?:\.CH(\d))?(?:_\d+)?(?:\.(?:wav|flac))?$")
 NAME = re.compile(r"BGD_\d+_\w+?_([A-Z]{3})(?:\.CH(\d))?\.(?:wav|flac)$")
 
 
 @register_corpus("chime3")
 @dataclasses.dataclass(kw_only=True)
-class Chime3:
+class Chime3(InShards):
     """CHiME-3 backgrounds, unlabelled noise."""
 
     root: str | None = None
-    """Folder that holds the BGD_*.wav files at any depth; `synthetic` makes a small stand-in."""
+    """Folder that holds the BGD_*.wav files at any depth, or a prepared one; `synthetic` makes a small stand-in."""
     environments: list[str] = dataclasses.field(
         default_factory=lambda: ["BUS", "CAF", "PED", "STR"]
     )
@@ -26,11 +28,14 @@ class Chime3:
 
     def load(self, name: str, split_seed: int) -> Corpus:
         """List the recordings; every one serves all splits, each split with a stretch of its own (corpora/noise.py)."""
-        rows = self.listing(name).rows
-        return make_corpus(name, [row | {"id": f"{name}/{row['id']}"} for row in rows])
+        found = self.listing(name)
+        return found.corpus(name, [row | {"id": f"{name}/{row['id']}"} for row in found.rows])
 
     def listing(self, name: str) -> Listing:
         """List the recordings of the chosen environments and channels. Raises ValueError where there are none."""
+        sharded = self.from_shards(name, "chime3")
+        if sharded is not None:
+            return dataclasses.replace(sharded, rows=self._chosen_pieces(sharded.rows, name))
         root = require_folder(
             resolve_root(self.root, name, "CHiME3"),
             f"corpora.{name}.root",
@@ -53,3 +58,17 @@ class Chime3:
                 f"under {root}; environments there: {there or 'none'}"
             )
         return Listing(rows=rows)
+
+    def _chosen_pieces(self, rows: list[dict], name: str) -> list[dict]:
+        """Return the rows in shards, recordings or pieces of them, of the chosen environments and channels."""
+        chosen = []
+        for row in rows:
+            match = PIECE.match(row["id"])
+            if match and match[1] in self.environments and int(match[2] or 1) in self.channels:
+                chosen.append(row | {"split": row["split"] or "train"})
+        if not chosen:
+            raise ValueError(
+                f"corpora.{name}: none of the {len(rows)} recordings is named as CHiME-3 names those of the environments "
+                f"{self.environments} and channels {self.channels}"
+            )
+        return chosen

@@ -14,13 +14,13 @@ from mtl_dist.corpora.base import (
     Corpus,
     Listing,
     alike,
-    make_corpus,
     read_table,
     register_corpus,
     require_folder,
     require_label,
     stratified_share,
 )
+from mtl_dist.corpora.sharded import InShards
 
 log = logging.getLogger("mtl_dist")
 
@@ -29,7 +29,7 @@ log = logging.getLogger("mtl_dist")
 @register_corpus("unlabelled_folder")
 @register_corpus("folder")
 @dataclasses.dataclass(kw_only=True)
-class Folder:
+class Folder(InShards):
     """A plain folder or CSV manifest of your own."""
 
     root: str | None = None
@@ -76,18 +76,25 @@ class Folder:
         for row in rows:
             if row["label"]:
                 require_label(
-                    row["label"], classes, f"{row['path']}, not among the training labels"
+                    row["label"],
+                    classes,
+                    f"{row.get('path') or row['id']}, not among the training labels",
                 )
-        return make_corpus(name, rows, classes, found.missing)
+        return found.corpus(name, rows, classes)
 
     def listing(self, name: str) -> Listing:
         """List the clips; their split is None where no manifest names it. Raises ValueError as `load` does."""
+        sharded = self.from_shards(name, "folder")
+        if sharded is not None:
+            return _undivided(sharded)
         if self.manifest is not None:
             rows, missing = self._from_manifest(name)
         elif self.root is not None:
             rows, missing = self._from_folder(name), []
         else:
-            raise ValueError(f"corpora.{name}: set root (a folder) or manifest (a CSV file)")
+            raise ValueError(
+                f"corpora.{name}: set root (a folder), manifest (a CSV file) or sources (Parquet)"
+            )
         if not rows:
             raise ValueError(
                 f"corpora.{name}: no audio files in {self.manifest or self.root} ({len(missing)} missing)"
@@ -132,6 +139,13 @@ class Folder:
             else:
                 missing.append(str(path))
         return rows, missing
+
+
+def _undivided(found: Listing) -> Listing:
+    """Leave it to the shares what is held out where shards know of no split but train."""
+    if {row["split"] for row in found.rows} <= {"train", None}:
+        return dataclasses.replace(found, rows=[row | {"split": None} for row in found.rows])
+    return found
 
 
 def _row(clip: str, path: Path, label: str | None, split: str | None) -> dict:

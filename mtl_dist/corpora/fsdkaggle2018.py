@@ -12,13 +12,13 @@ from mtl_dist.corpora.base import (
     Corpus,
     Listing,
     alike,
-    make_corpus,
     read_table,
     register_corpus,
     require_folder,
     require_label,
     stratified_share,
 )
+from mtl_dist.corpora.sharded import InShards
 from mtl_dist.corpora.synthetic import resolve_root
 
 META = "FSDKaggle2018.meta"
@@ -27,11 +27,12 @@ TABLES = {"train": "train_post_competition.csv", "test": "test_post_competition_
 
 @register_corpus("fsdkaggle2018")
 @dataclasses.dataclass(kw_only=True)
-class FSDKaggle2018:
+class FSDKaggle2018(InShards):
     """FSDKaggle2018, labelled: 9,473 training and 1,600 test clips, 41 classes."""
 
     root: str | None = None
-    """Folder that holds FSDKaggle2018.audio_train, .audio_test and .meta; `synthetic` makes a small stand-in."""
+    """Folder that holds FSDKaggle2018.audio_train, .audio_test and .meta, or a prepared one; `synthetic` makes a small
+    stand-in."""
     validation_share: float = 0.1
     """Share of the training clips set aside for validation, of every label alike (paper section 5)."""
 
@@ -52,10 +53,13 @@ class FSDKaggle2018:
             | ({"split": "validation"} if row["id"] in validation else {})
             for row in found.rows
         ]
-        return make_corpus(name, rows, found.classes, found.missing)
+        return found.corpus(name, rows)
 
     def listing(self, name: str) -> Listing:
         """List the clips in the published splits, train and test. Raises ValueError as `load` does."""
+        found = self.from_shards(name, "fsdkaggle2018")
+        if found is not None:
+            return _with_classes(found, name)
         root = resolve_root(self.root, name, "FSDKaggle2018")
         train, missing_train, classes = _read_table(root, "train", None, name)
         if alike(classes):
@@ -77,6 +81,20 @@ class FSDKaggle2018:
         ]
         missing = {"train": missing_train, "test": missing_test}
         return Listing(rows=rows, classes=classes, missing=missing)
+
+
+def _with_classes(found: Listing, name: str) -> Listing:
+    """Check splits and labels of clips in shards; the classes are those of the training clips."""
+    for row in found.rows:
+        if row["split"] not in ("train", "test") or not row["label"]:
+            raise ValueError(
+                f"corpora.{name}.sources: {row['id']} has the split {row['split']!r} and the label {row['label']!r}; every "
+                "clip needs the split train or test, by a column or by its source, and a label"
+            )
+    classes = found.classes or sorted({r["label"] for r in found.rows if r["split"] == "train"})
+    for row in found.rows:
+        require_label(row["label"], classes, f"corpora.{name}, {row['id']}")
+    return dataclasses.replace(found, classes=classes)
 
 
 def _read_table(

@@ -1,6 +1,7 @@
 """LibriSpeech as published (openslr.org/12): ROOT/SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER-UTTERANCE.flac, 16 kHz."""
 
 import dataclasses
+import io
 import math
 from pathlib import Path
 
@@ -9,21 +10,22 @@ import soundfile
 from mtl_dist.corpora.base import (
     Corpus,
     Listing,
-    make_corpus,
     register_corpus,
     require_folder,
     shuffled,
 )
+from mtl_dist.corpora.sharded import InShards
 from mtl_dist.corpora.synthetic import resolve_root
+from mtl_dist.streams.shards import Shards
 
 
 @register_corpus("librispeech")
 @dataclasses.dataclass(kw_only=True)
-class LibriSpeech:
+class LibriSpeech(InShards):
     """LibriSpeech, unlabelled: read English speech."""
 
     root: str | None = None
-    """Folder named LibriSpeech, with one folder per split; `synthetic` makes a small stand-in."""
+    """Folder named LibriSpeech, with one folder per split, or a prepared one; `synthetic` makes a small stand-in."""
     splits: list[str] = dataclasses.field(default_factory=lambda: ["train-clean-100"])
     """Splits to train on, by folder name, such as [train-clean-100, train-other-500]."""
     hours: float | None = None
@@ -45,18 +47,22 @@ class LibriSpeech:
 
     def load(self, name: str, split_seed: int) -> Corpus:
         """List the utterances. Raises ValueError naming the folder or split that is wrong."""
-        rows = {f"{name}/{row['id']}": row for row in self.listing(name).rows}
+        found = self.listing(name)
+        rows = {f"{name}/{row['id']}": row for row in found.rows}
         heldout = _hold_out(rows, self.heldout_share, split_seed, name)
         train = [clip for clip in rows if clip not in heldout]
         if self.hours is not None:
-            train = _subset(shuffled(train, split_seed, name, "hours"), rows, self.hours, name)
+            order = shuffled(train, split_seed, name, "hours")
+            train = _subset(order, rows, self.hours, name, found.shards)
         split_of = dict.fromkeys(sorted(train), "train") | dict(sorted(heldout.items()))
-        return make_corpus(
-            name, [rows[clip] | {"id": clip, "split": split} for clip, split in split_of.items()]
-        )
+        rows_of = [rows[clip] | {"id": clip, "split": split} for clip, split in split_of.items()]
+        return found.corpus(name, rows_of)
 
     def listing(self, name: str) -> Listing:
         """List the utterances of the chosen splits, by the names of their folders. Raises ValueError as `load` does."""
+        sharded = self.from_shards(name, "librispeech", self.splits)
+        if sharded is not None:
+            return sharded
         root = require_folder(
             resolve_root(self.root, name, "LibriSpeech"),
             f"corpora.{name}.root",
@@ -101,15 +107,30 @@ def _hold_out(rows: dict[str, dict], share: float, split_seed: int, name: str) -
     return {clip: part[row["speaker"]] for clip, row in rows.items() if row["speaker"] in part}
 
 
-def _subset(order: list[str], rows: dict[str, dict], hours: float, name: str) -> list[str]:
-    """Take utterances in `order` until `hours` are reached; unreadable ones are taken too, and skipped in training."""
-    taken, seconds = [], 0.0
+def _subset(
+    order: list[str], rows: dict[str, dict], hours: float, name: str, shards: Shards | None
+) -> list[str]:
+    """Take utterances in `order` until `hours` are reached; unreadable ones are taken too, and skipped in training.
+
+    Shards that do not say how long their clips are have to be read: those of one block then follow each other.
+    """
+    taken, seconds, block = [], 0.0, (-1, [])
+    if shards is not None and rows[order[0]]["seconds"] is None:
+        blocks = list(dict.fromkeys(rows[clip]["block"] for clip in order))
+        order = sorted(order, key=lambda clip: blocks.index(rows[clip]["block"]))
     for clip in order:
         if seconds >= hours * 3600:
             return taken
         taken.append(clip)
+        row = rows[clip]
+        if row.get("seconds") is not None:
+            seconds += row["seconds"]
+            continue
+        if shards is not None and row["block"] != block[0]:
+            block = row["block"], shards.read(row["block"])
+        audio = io.BytesIO(block[1][row["place"]]["bytes"] or b"") if shards else row["path"]
         try:
-            seconds += soundfile.info(rows[clip]["path"]).duration
+            seconds += soundfile.info(audio).duration
         except soundfile.LibsndfileError:
             continue
     if seconds < hours * 3600:

@@ -6,20 +6,22 @@ Memory of a worker: one permutation per task and one round of float32 crops. Tes
 """
 
 import dataclasses
+import itertools
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
-import datasets
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from mtl_dist.audio.clips import Clip, ClipReader
-from mtl_dist.audio.reading import BadClipError
+from mtl_dist.audio.reading import BadClipError, stored_bytes
 from mtl_dist.runtime import World
 from mtl_dist.streams.keys import generator
 from mtl_dist.streams.order import Order
+from mtl_dist.streams.table import Table
 from mtl_dist.tasks.base import Keyed, Task, TaskBatch
 
 
@@ -29,6 +31,17 @@ class MicroBatch:
 
     batch: TaskBatch
     ids: list[str]
+
+
+class Read(NamedTuple):
+    """How many clips were heard, and how many bytes they have as they are stored."""
+
+    clips: int = 0
+    stored_bytes: int = 0
+
+    def __add__(self, other: "Read") -> "Read":
+        """Add up both."""
+        return Read(self.clips + other.clips, self.stored_bytes + other.stored_bytes)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -41,6 +54,10 @@ class Round:
     """"file: reason" of every clip that could not be used; its place is empty."""
     clips: int = 0
     audio_seconds: float = 0.0
+    read: dict[str, "Read"] = dataclasses.field(default_factory=dict)
+    """By corpus, of all its clips in the round."""
+    ahead: float = 0.0
+    """How many rounds were ready when this one was asked for."""
 
     def pin_memory(self) -> "Round":
         """Let the loader move the batches to page-locked memory, from where a GPU fetches them by itself."""
@@ -55,9 +72,24 @@ class Round:
 SECONDS_AFTER_SIGTERM = 120
 """A worker that is told to stop ends with its training process, and after this at the latest."""
 
+PARTS_AHEAD = 4
+"""How many parts of rounds each worker prepares ahead."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Part:
+    """What one worker prepares of a round: {task: its clips' batch and ids}, in order of their places in the round."""
+
+    number: int
+    batches: dict[str, MicroBatch] = dataclasses.field(default_factory=dict)
+    bad: list[str] = dataclasses.field(default_factory=list)
+    read: dict[str, Read] = dataclasses.field(default_factory=dict)
+
 
 class RoundStream(IterableDataset):
-    """Yields the rounds of one rank from `first_round` on, without end.
+    """Yields the parts of one rank's rounds from `first_round` on, without end; `rounds` puts them together.
+
+    A worker takes the same places of every round, and so the same lanes of the order (streams/order.py).
 
     Args:
         tables: {task: rows of all its sources}.
@@ -69,7 +101,7 @@ class RoundStream(IterableDataset):
         self,
         *,
         tasks: Mapping[str, Task],
-        tables: Mapping[str, datasets.Dataset],
+        tables: Mapping[str, Table],
         reader: ClipReader,
         seed: int,
         world: World,
@@ -83,41 +115,85 @@ class RoundStream(IterableDataset):
         self.first_round = first_round
         self.positions = dict(positions or dict.fromkeys(tasks, 0))
 
-    def __iter__(self) -> Iterator[Round]:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        share = self.global_batch // self.world.size
-        sources = {
-            name: Order(self.tables[name], self.seed, name).rows(
-                self._own_positions(self.positions[name], worker, workers, share)
-            )
-            for name in self.tasks
+    def own_places(self, worker: int, workers: int) -> dict[str, range]:
+        """Return {task: places in the round} of a worker of this rank: equal shares of all (place, task) pairs.
+
+        Place by place, so that workers have the same work; with fewer places than workers, they share the tasks of one.
+        """
+        share, names = self.global_batch // self.world.size, list(self.tasks)
+        first, last = (share * len(names) * n // workers for n in (worker, worker + 1))
+        begin = self.world.rank * share
+        return {
+            name: range(begin + -(-(first - t) // len(names)), begin + -(-(last - t) // len(names)))
+            for t, name in enumerate(names)
         }
-        number = self.first_round + worker
-        while True:
-            yield self._build(number, sources, share)
-            number += workers
 
-    def _own_positions(self, start: int, worker: int, workers: int, share: int) -> Iterator[int]:
-        """Positions of this rank and worker: its share of every `workers`-th round."""
-        step = worker
-        while True:
-            first = start + step * self.global_batch + self.world.rank * share
-            yield from range(first, first + share)
-            step += workers
+    def __iter__(self) -> Iterator[Part]:
+        info = get_worker_info()
+        own = self.own_places(*((info.id, info.num_workers) if info else (0, 1)))
+        rows = {name: self._rows(name, places) for name, places in own.items()}
+        for number in itertools.count(self.first_round):
+            part = Part(number=number)
+            for name, places in own.items():
+                if places:
+                    picked = [next(rows[name]) for _ in places]
+                    part.batches[name], bad = prepare(
+                        self.tasks[name], picked, self.reader, self.seed
+                    )
+                    part.bad += bad
+                    for _, row in picked:
+                        so_far = part.read.get(row["corpus"], Read())
+                        part.read[row["corpus"]] = so_far + Read(1, stored_bytes(row["audio"]))
+            yield part
 
-    def _build(self, number: int, sources: Mapping[str, Iterator], share: int) -> Round:
-        result = Round(number=number, micro_batches={})
-        size = share // self.accumulation
-        for name, task in self.tasks.items():
-            result.micro_batches[name] = []
-            for _ in range(self.accumulation):
-                picked = [next(sources[name]) for _ in range(size)]
-                micro_batch, bad = prepare(task, picked, self.reader, self.seed)
-                result.micro_batches[name].append(micro_batch)
-                result.bad += bad
-                result.audio_seconds += float(micro_batch.batch.valid.sum()) / self.reader.rate
-            result.clips += share
+    def _rows(self, name: str, places: range) -> Iterator[tuple[int, dict]]:
+        """Yield (epoch, row with its audio) of the places of all rounds to come."""
+        table = self.tables[name]
+        first = self.positions[name] // self.global_batch
+        walks = []
+        for number, (rows, dealt) in enumerate(table.dealt(self.global_batch)):
+            own = range(max(places.start, dealt.start), min(places.stop, dealt.stop))
+            key = (self.seed, name, *([number] if number else []))
+            order = Order(table.blocks()[rows], len(dealt), key)
+            positions = (
+                n * len(dealt) + place - dealt.start
+                for n in itertools.count(first)
+                for place in own
+            )
+            walks.append((order.rows(positions), rows, len(own)))
+        read = table.reader(held=len(places))
+        while True:
+            for walk, rows, count in walks:
+                for epoch, row in itertools.islice(walk, count):
+                    yield epoch, read(int(rows[row]))
+
+    def rounds(self, workers: int, pin_memory: bool) -> "Rounds":
+        """Return the iterator of this rank's whole rounds, prepared ahead by worker processes."""
+        return Rounds(self, workers, pin_memory)
+
+    def join(self, parts: list[Part]) -> Round:
+        """Put the parts of all workers together and cut them into micro-batches."""
+        size = self.global_batch // self.world.size // self.accumulation
+        result = Round(number=parts[0].number, micro_batches={})
+        for name in self.tasks:
+            own = [part.batches[name] for part in parts if name in part.batches]
+            ids = [clip for micro in own for clip in micro.ids]
+            whole = [_joined(tensors) for tensors in zip(*(m.batch for m in own), strict=True)]
+            result.micro_batches[name] = [
+                MicroBatch(
+                    batch=TaskBatch(*(t[first : first + size] for t in whole)),
+                    ids=ids[first : first + size],
+                )
+                for first in range(0, len(ids), size)
+            ]
+            result.clips += len(ids)
+            result.audio_seconds += float(whole[-1].sum()) / self.reader.rate
+        result.bad = [message for part in parts for message in part.bad]
+        corpora = dict.fromkeys(s for task in self.tasks.values() for s in task.config.sources)
+        result.read = {
+            corpus: sum((part.read.get(corpus, Read()) for part in parts), Read())
+            for corpus in corpora
+        }
         return result
 
 
@@ -139,29 +215,54 @@ def prepare(
         except BadClipError as error:
             bad.append(str(error))
             parts.append(task.prepare([reader.absent(row)], keyed))
-    batch = TaskBatch(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    batch = TaskBatch(*map(_joined, zip(*parts, strict=True)))
     return MicroBatch(batch=batch, ids=[row["id"] for _, row in rows]), bad
 
 
-def make_loader(stream: RoundStream, workers: int, pin_memory: bool) -> DataLoader:
-    """Return the loader of a rank: rounds in order, prepared ahead by worker processes."""
-    return DataLoader(
-        stream,
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        prefetch_factor=2 if workers else None,
-        worker_init_fn=_outlive_signals,
-    )
+class Rounds:
+    """The whole rounds of one rank, in order."""
+
+    def __init__(self, stream: RoundStream, workers: int, pin_memory: bool):
+        self.stream, self.parts, self.pin_memory = stream, max(1, workers), pin_memory
+        loader = DataLoader(
+            stream,
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=PARTS_AHEAD if workers else None,
+            worker_init_fn=_outlive_signals,
+        )
+        self.loader = iter(loader)
+
+    def __iter__(self) -> "Rounds":
+        return self
+
+    def __next__(self) -> Round:
+        """Wait for the next round."""
+        ahead = self.ahead()
+        parts = [next(self.loader) for _ in range(self.parts)]
+        assert len({part.number for part in parts}) == 1, "the loader asks its workers in turns"
+        round_ = self.stream.join(parts)
+        round_.ahead = ahead
+        return round_.pin_memory() if self.pin_memory else round_
+
+    def ahead(self) -> float:
+        """Return how many rounds the workers have ready."""
+        if not isinstance(self.loader, _MultiProcessingDataLoaderIter):
+            return 0.0
+        taken_out_of_turn = sum(len(info) == 2 for info in self.loader._task_info.values())
+        return (self.loader._data_queue.qsize() + taken_out_of_turn) / self.parts
+
+    def close(self) -> None:
+        """End the workers now: the traceback of an error keeps this alive, and `del` would come too late.
+
+        The process would then wait at its exit for workers that outlive signals, and an elastic restart for the process.
+        """
+        if isinstance(self.loader, _MultiProcessingDataLoaderIter):
+            self.loader._shutdown_workers()
 
 
-def end_workers(rounds: Iterator[Round]) -> None:
-    """End the workers of a loader's iterator now, for `del` may come too late: the traceback of an error keeps it alive.
-
-    Its process would then wait at its exit for workers that outlive signals, and an elastic restart for the process.
-    """
-    if isinstance(rounds, _MultiProcessingDataLoaderIter):
-        rounds._shutdown_workers()
+def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
 
 
 def _outlive_signals(worker: int) -> None:

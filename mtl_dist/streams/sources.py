@@ -5,6 +5,7 @@ during the run changes nothing), or URLs of any other fsspec file system. Tested
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -34,10 +35,15 @@ class Source:
     """Split of a Hub data set, such as train.100."""
     revision: str | None = None
     """Branch, tag or commit of a Hub data set; the default is its main branch. It is pinned to a commit at the start."""
+    weight: float | None = None
+    """Share of the corpus' clips that come from this source, as against the weights of its other sources; all of them have
+    one, or none. Without, every clip comes once an epoch; with, each source has epochs of its own."""
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
     """Our names (audio, id, label, speaker, seconds) to the data set's, where they differ: {speaker: speaker_id}."""
 
     def __post_init__(self):
+        if self.weight is not None and not 0 < self.weight < math.inf:
+            raise ValueError(f"weight: {self.weight} is not allowed; use more than 0, or null")
         unknown = sorted(set(self.columns) - set(COLUMNS))
         if unknown:
             raise ValueError(

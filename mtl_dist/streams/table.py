@@ -1,0 +1,93 @@
+"""Rows of clips, and their audio: in files of their own, or in blocks (row groups) that are read whole."""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import datasets
+import numpy as np
+
+from mtl_dist.streams.shards import Shards
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows as corpora/base.py has them, and {corpus: where its blocks are read} for those without a file of their own."""
+
+    rows: datasets.Dataset
+    shards: Mapping[str, Shards] = dataclasses.field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key):
+        """Return a column by name, or a row, without the audio of blocks, by number."""
+        return self.rows[key]
+
+    def blocks(self) -> np.ndarray:
+        """Return which rows lie together: int64 (rows,), equal numbers from 0 for rows of one block."""
+        block = np.asarray(self.rows.with_format("numpy")["block"][:], dtype=np.int64)
+        alone = block < 0
+        if alone.all():
+            return np.arange(len(self))
+        corpus = np.unique(np.asarray(self.rows["corpus"][:]), return_inverse=True)[1].reshape(-1)
+        owner = np.where(alone, -1, corpus)
+        place = np.where(alone, np.arange(len(self)), block)
+        number = np.unique(np.stack([owner, place], axis=1), axis=0, return_inverse=True)[1]
+        return number.reshape(-1).astype(np.int64)
+
+    def dealt(self, places: int) -> list[tuple[np.ndarray, range]]:
+        """Deal the places of a round to groups of rows: [(row numbers, places)]; one group where no source has a weight.
+
+        The clips of a corpus with weights are as many as without, but each source has a group, and its share by weight.
+
+        Raises:
+            ValueError: a source would not get one clip a round.
+        """
+        weighted = {c: s for c, s in self.shards.items() if s.weights() is not None}
+        corpus = np.asarray(self.rows["corpus"][:])
+        groups = [(np.flatnonzero(~np.isin(corpus, list(weighted))), "the other corpora")]
+        shares = [len(groups[0][0])]
+        for name, shards in weighted.items():
+            rows = np.flatnonzero(corpus == name)
+            source = shards.source[np.asarray(self.rows.select(rows)["block"][:])]
+            for number, weight in enumerate(shards.weights()):
+                groups.append((rows[source == number], f"corpora.{name}.sources[{number}]"))
+                shares.append(len(rows) * weight / sum(shards.weights()))
+        ideal = places * np.array(shares) / sum(shares)
+        counts = np.floor(ideal).astype(int)
+        for number in np.argsort(counts - ideal, kind="stable")[: places - counts.sum()]:
+            counts[number] += 1
+        for (rows, what), share, count in zip(groups, shares, counts, strict=True):
+            if share > 0 and (count == 0 or not len(rows)):
+                raise ValueError(
+                    f"{what}: {len(rows)} clips and {count} of a round's {places} by its weight; raise the weight or "
+                    "train.global_batch, or leave it out"
+                )
+        ends = np.cumsum(counts).tolist()
+        dealt = [range(end - count, end) for end, count in zip(ends, counts.tolist(), strict=True)]
+        return [(rows, own) for (rows, _), own in zip(groups, dealt, strict=True) if len(own)]
+
+    def reader(self, held: int) -> Callable[[int], dict]:
+        """Return read(row number) -> row with its audio, which keeps the last `held` blocks in memory.
+
+        Raises ShardError, when it is called, for a block that cannot be read.
+        """
+        blocks: collections.OrderedDict[tuple[str, int], list[dict]] = collections.OrderedDict()
+
+        def read(number: int) -> dict:
+            row = self.rows[number]
+            if row["block"] < 0:
+                return row
+            corpus, block, place = row["corpus"], row["block"], row["place"]
+            shards = self.shards[corpus]
+            if (corpus, block) not in blocks:
+                while len(blocks) >= max(1, held):
+                    blocks.popitem(last=False)
+                blocks[corpus, block] = shards.read(block)
+            blocks.move_to_end((corpus, block))
+            data = blocks[corpus, block][place]["bytes"]
+            name = f"{shards.name(block)}, row {place} ({row['id']})"
+            return row | {"audio": {"path": name, "bytes": data or b""}}
+
+        return read
