@@ -188,6 +188,7 @@ def inodes(out: Path) -> dict[str, int]:
     return {path.name: path.stat().st_ino for path in out.glob("*.parquet")}
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_ends_with_the_bytes_of_one_that_was_left_alone(tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "clips").mkdir()

@@ -155,11 +155,7 @@ class RoundStream(IterableDataset):
             own = range(max(places.start, dealt.start), min(places.stop, dealt.stop))
             key = (self.seed, name, *([number] if number else []))
             order = Order(table.blocks()[rows], len(dealt), key)
-            positions = (
-                n * len(dealt) + place - dealt.start
-                for n in itertools.count(first)
-                for place in own
-            )
+            positions = endless_positions(first, own, dealt)
             walks.append((order.rows(positions), rows, len(own)))
         read = table.reader(held=len(places))
         while True:
@@ -195,6 +191,13 @@ class RoundStream(IterableDataset):
             for corpus in corpora
         }
         return result
+
+
+def endless_positions(first_round: int, own: range, dealt: range) -> Iterator[int]:
+    """Yield the positions, in the order of a group with the places `dealt`, of the places `own` of all rounds to come."""
+    return (
+        n * len(dealt) + place - dealt.start for n in itertools.count(first_round) for place in own
+    )
 
 
 def keyed_generators(seed: int, task: str, epoch: int) -> Keyed:
