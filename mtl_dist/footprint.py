@@ -14,11 +14,9 @@ import torch
 
 from mtl_dist.audio.clips import Clip
 from mtl_dist.models.multitask import MultitaskModel
-from mtl_dist.streams.rounds import keyed_generators
+from mtl_dist.streams.rounds import PARTS_AHEAD, keyed_generators
 from mtl_dist.tasks.base import Task, TaskBatch
 
-PREFETCHED_ROUNDS = 2
-"""Rounds that a loader's worker prepares ahead (streams/rounds.py)."""
 ZERO3_LIVE_PARAMETERS = 10**9
 """DeepSpeed's stage3_max_live_parameters and stage3_max_reuse_distance: fewer stay gathered from forward to backward."""
 ZERO3_PERSISTENT = 10**5
@@ -172,5 +170,10 @@ def round_bytes(tasks: Mapping[str, Task], share: int) -> int:
 
 
 def loader_shared_memory(bytes_of_round: int, workers: int) -> int:
-    """Return what a rank's loader takes of /dev/shm: the rounds ahead of all workers, and the one in use."""
-    return (PREFETCHED_ROUNDS * workers + 1) * bytes_of_round if workers else 0
+    """Return what a rank's loader takes of /dev/shm: the rounds ahead, each in parts of all workers, and the one in use."""
+    return (PARTS_AHEAD + 1) * bytes_of_round if workers else 0
+
+
+def loader_worker(clips: int, bytes_of_round: int, workers: int) -> int:
+    """Return the bytes a worker holds: blocks and order of all clips (streams/order.py), parts of the rounds ahead."""
+    return 16 * clips + (PARTS_AHEAD * bytes_of_round // workers if workers else bytes_of_round)

@@ -1,8 +1,8 @@
 """The numbers of a plan (planning.py) as aligned text. Tested by tests/test_planning.py."""
 
-from mtl_dist import footprint
 from mtl_dist.feasibility import USABLE, Case, size_text
 from mtl_dist.footprint import ENGINES
+from mtl_dist.streams.rounds import PARTS_AHEAD
 from mtl_dist.tables import format_rows
 
 
@@ -72,7 +72,7 @@ def table(facts: dict, case: Case) -> str:
 
 def _stream_rows(facts: dict, case: Case) -> list[tuple[str, str, str]]:
     workers, share, batch = case.config.data.workers, facts["share"], facts["global_batch"]
-    turn = f"worker w takes every {workers}th round" if workers > 1 else "one process takes all"
+    turn = f"each takes the same {share / workers:g} places of every round" if workers else "none"
     return [
         (
             "positions of a round",
@@ -80,11 +80,12 @@ def _stream_rows(facts: dict, case: Case) -> list[tuple[str, str, str]]:
             f"round k: k x {batch} .. of each task's clips, shuffled anew every epoch",
         ),
         ("positions of a rank", str(share), f"rank r: the r-th {share} of them"),
-        ("workers of a rank", str(workers), f"{turn}; {footprint.PREFETCHED_ROUNDS} rounds ahead"),
+        ("workers of a rank", str(workers), f"{turn}; {PARTS_AHEAD} rounds ahead"),
         (
             "memory of a worker",
             size_text(facts["loader_worker_bytes"]),
-            "its clips' order (8 bytes a clip) and the rounds ahead, beside Python itself",
+            "its clips' order (16 bytes a clip) and the rounds ahead, beside Python itself; from shards also "
+            "a row group for each of its places and tasks",
         ),
         (
             "shared memory a node",

@@ -79,7 +79,7 @@ def figures(case: Case, experiment: Experiment, rows: dict[str, int]) -> dict[st
         "rounds_per_epoch": plan.rounds_per_epoch,
         "rounds": plan.rounds,
         "share": share,
-        "loader_worker_bytes": 8 * sum(rows.values()) + footprint.PREFETCHED_ROUNDS * round_bytes,
+        "loader_worker_bytes": footprint.loader_worker(sum(rows.values()), round_bytes, workers),
         "loaders_shared_memory_bytes": case.per_node
         * footprint.loader_shared_memory(round_bytes, workers),
         "memory": needed,
