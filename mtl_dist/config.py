@@ -206,7 +206,10 @@ def _check_together(config: Config) -> None:
 
 def differences(config: Config, saved_text: str) -> list[str]:
     """Return "field: saved -> now" for every field that a resumed run must not change."""
-    saved, now = flatten(yaml.safe_load(saved_text)), config.flat()
+    defaults = flatten(
+        build_parser().get_defaults().as_dict()
+    )  # of fields that are newer than the run
+    saved, now = defaults | flatten(yaml.safe_load(saved_text)), config.flat()
     return [
         f"{key}: {saved.get(key)!r} -> {now.get(key)!r}"
         for key in sorted({*saved, *now} - FREE_TO_CHANGE)

@@ -80,6 +80,15 @@ def test_what_print_config_shows_loads_again_and_is_equal(recipe, tmp_path):
     assert flatten(yaml.safe_load(shown.text)) == again.flat()
 
 
+def test_a_run_from_before_a_field_was_there_goes_on_with_its_default():
+    saved = yaml.safe_load(load_config([]).text)
+    del saved["tasks"]["audio_tagging"]["augment"]
+    text = yaml.safe_dump(saved)
+    assert differences(load_config([]), text) == []
+    louder = load_config(["--tasks.audio_tagging.augment.gain_db", "[-6, 0]"])
+    assert differences(louder, text) == ["tasks.audio_tagging.augment.gain_db: None -> [-6.0, 0.0]"]
+
+
 def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_default(tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(
