@@ -19,8 +19,14 @@ from mtl_dist.experiment import Experiment, fingerprint
 from mtl_dist.phases import Phases
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.runtime import collect
+from mtl_dist.streams.retry import ShardError
 
 log = logging.getLogger("mtl_dist")
+
+
+def shard_key(corpus: str) -> str:
+    """Return how the fingerprints of a corpus' shards begin in a checkpoint's tables."""
+    return f"corpora.{corpus}: "
 
 
 class Keeper:
@@ -41,7 +47,7 @@ class Keeper:
             for name, corpus in experiment.corpora.items()
         }
         for name, shards in experiment.shards().items():
-            self.tables |= {f"corpora.{name}: {f}": d for f, d in shards.fingerprint().items()}
+            self.tables |= {shard_key(name) + f: d for f, d in shards.fingerprint().items()}
         self.kept_best: tuple[float | None, int] = (None, 0)
         self.writer = ThreadPoolExecutor(max_workers=1)
         self.being_written: tuple[TrainState, Future | None] | None = None
@@ -124,6 +130,18 @@ class Keeper:
             },
         }
 
+    def _refuse_changed_shards(self, state: TrainState) -> None:
+        """Raise ConfigError naming a shard that is not what it was when the checkpoint was written."""
+        for name, shards in self.experiment.shards().items():
+            key = shard_key(name)
+            saved = {k.removeprefix(key): d for k, d in state.tables.items() if k.startswith(key)}
+            if not saved:
+                continue  # trained on the published folder so far: the clips' own fingerprint decides
+            try:
+                shards.refuse_changes(saved)
+            except ShardError as error:
+                raise ConfigError(str(error)) from error
+
     def _resume(self) -> TrainState | None:
         """Load the newest checkpoint that can be loaded; all ranks must find the same one.
 
@@ -147,6 +165,7 @@ class Keeper:
             checkpoint.check_fit(path, weights, self.engine.shapes)
         except ValueError as error:
             raise ConfigError(f"run.dir: {error}") from error
+        self._refuse_changed_shards(state)
         changed = [n for n, t in self.tables.items() if state.tables.get(n, t) != t]
         if changed:
             raise ConfigError(

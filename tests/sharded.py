@@ -4,8 +4,6 @@ import hashlib
 import itertools
 from pathlib import Path
 
-import tiny
-
 from mtl_dist import cli
 
 LAYOUTS = {"fsdkaggle2018": "FSDKaggle2018", "librispeech": "LibriSpeech", "chime3": "CHiME3"}
@@ -17,16 +15,6 @@ def prepare(corpora: Path, out: Path) -> Path:
         small = ["--rows_per_group", "3", "--shard_mb", "0.02", "--workers", "1"]
         cli.main(["prepare", kind, str(corpora / folder), str(out / folder), *small])
     return out
-
-
-def sources_words(prepared: Path, kind: str) -> list[str]:
-    """Words that read a prepared corpus as a list of Parquet files, as a user's own are read."""
-    return [
-        f"--corpora.{kind}.root",
-        "null",
-        f"--corpora.{kind}.sources",
-        f"[{{path: {prepared}}}]",
-    ]
 
 
 def heard(experiment, world, rounds: int, workers: int, first: int = 0) -> list[dict]:
@@ -53,8 +41,3 @@ def joined(ranks: list[list[dict]]) -> list[dict]:
         {task: [clip for share in shares for clip in share[task]] for task in shares[0]}
         for shares in zip(*ranks, strict=True)
     ]
-
-
-def words(root: Path, *more: str) -> list[str]:
-    """A tiny run on corpora below `root`, folders or prepared."""
-    return tiny.tiny_words(root, *more)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,7 +29,7 @@ def prepared(corpora_root, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def experiment(prepared):
-    return build_experiment(load_config(sharded.words(prepared)))
+    return build_experiment(load_config(tiny.tiny_words(prepared)))
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_a_stop_and_two_stops_with_other_worlds_change_nothing(experiment, truth
 @pytest.mark.timeout(120)
 def test_real_processes_hear_the_same(prepared, truth, tmp_path):
     worker = str(tiny.REPOSITORY / "tests/workers/stream_worker.py")
-    more = [str(tmp_path), str(ROUNDS), "2", "0", *sharded.words(prepared)]
+    more = [str(tmp_path), str(ROUNDS), "2", "0", *tiny.tiny_words(prepared)]
     ended = worlds.launch("two_cpu_processes", worker, *more, timeout=100.0)
     assert ended.returncode == 0, ended.stderr
     told = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
@@ -102,7 +103,6 @@ def blocks_read(monkeypatch):
 
 
 def test_an_epoch_reads_each_block_once_but_for_the_ends_of_lanes(experiment, blocks_read):
-    experiment.config.train.tasks[:] = list(experiment.tasks)
     table, batch = experiment.table("audio_tagging"), experiment.config.train.global_batch
     only = type(experiment)(
         config=experiment.config,
@@ -125,12 +125,35 @@ def test_round_1000000_is_reached_by_reading_one_block_a_lane(experiment, blocks
     assert [round_] == sharded.joined(again)
 
 
-def test_noise_in_pieces_is_drawn_from_the_pieces_of_its_split(experiment):
+def test_noise_in_pieces_is_drawn_from_the_pieces_of_its_split(experiment, blocks_read):
     corpus = experiment.corpora["chime3"]
     bank = NoiseBank(corpus, 16_000)
     for split in ("train", "validation", "test"):
-        assert len(corpus.splits[split])
-        assert bank.draw(50, split, generator(0, split)).shape == (50,)
+        blocks_read.clear()
+        for number in range(20):
+            assert bank.draw(50, split, generator(number, split)).shape == (50,)
+        drawn = {block for _, block in blocks_read}
+        assert len(drawn) > 1
+        assert drawn <= set(corpus.splits[split]["block"])
+
+
+@pytest.mark.slow
+def test_a_shard_that_changed_since_the_checkpoint_is_refused_by_its_name(prepared, tmp_path):
+    root = tmp_path / "LibriSpeech"
+    shutil.copytree(prepared / "LibriSpeech", root)
+    words = tiny.tiny_words(prepared, "--corpora.librispeech.root", str(root))
+    words += ["--run.dir", str(tmp_path / "run"), "--run.resume", "auto", "--train.rounds"]
+    first = worlds.launch("one_cpu", "mtl_dist/train.py", *words, "2")
+    assert first.returncode == 0, first.stderr
+    victim = sorted(root.glob("*.parquet"))[0]
+    pq.write_table(pq.read_table(victim), victim, row_group_size=2)
+    refused = worlds.launch("one_cpu", "mtl_dist/train.py", *words, "4")
+    assert refused.returncode == 1
+    assert f"{victim.name} changed since the checkpoint was written" in refused.stderr
+    shutil.copyfile(prepared / "LibriSpeech" / victim.name, victim)
+    again = worlds.launch("one_cpu", "mtl_dist/train.py", *words, "4")
+    assert again.returncode == 0, again.stderr
+    assert "(round 2)" in again.stderr
 
 
 def test_parquet_of_ones_own_is_read_by_its_columns(prepared, tmp_path):
@@ -144,7 +167,7 @@ def test_parquet_of_ones_own_is_read_by_its_columns(prepared, tmp_path):
     columns = "columns: {audio: sound, id: name, label: tag}"
     corpus = ["--corpora.folder.sources", f"[{{path: {tmp_path}/mine.parquet, {columns}}}]"]
     task = ["--tasks.audio_tagging.sources", "[folder]", "--train.tasks", "[audio_tagging]"]
-    experiment = build_experiment(load_config(sharded.words(prepared, *corpus, *task)))
+    experiment = build_experiment(load_config(tiny.tiny_words(prepared, *corpus, *task)))
     splits = experiment.corpora["folder"].splits
     assert {clip.split("/")[1] for part in splits.values() for clip in part["id"]} == {
         row["id"] for row in rows
@@ -166,7 +189,7 @@ def test_a_row_without_bytes_is_a_bad_clip_with_its_name(prepared, tmp_path):
         else:
             (root / path.name).symlink_to(path)
     more = ["--corpora.fsdkaggle2018.root", str(root), "--train.tasks", "[audio_tagging]"]
-    experiment = build_experiment(load_config(sharded.words(prepared, *more)))
+    experiment = build_experiment(load_config(tiny.tiny_words(prepared, *more)))
     stream = experiment.rounds(World(), 1, 0, {"audio_tagging": 0}).rounds(0, pin_memory=False)
     (round_,) = itertools.islice(stream, 1)
     assert len(round_.bad) == experiment.config.train.global_batch
@@ -189,7 +212,9 @@ def test_a_row_without_bytes_is_a_bad_clip_with_its_name(prepared, tmp_path):
 )
 def test_what_is_wrong_with_shards_is_named(prepared, words, message):
     with pytest.raises(ConfigError, match=message):
-        build_experiment(load_config(sharded.words(prepared, *[w.format(prepared) for w in words])))
+        build_experiment(
+            load_config(tiny.tiny_words(prepared, *[w.format(prepared) for w in words]))
+        )
 
 
 def weighted(prepared, *weights) -> list[str]:
@@ -199,7 +224,7 @@ def weighted(prepared, *weights) -> list[str]:
     listed = ", ".join(f"{{path: {file}, weight: {weight}}}" for file, weight in chosen)
     corpus = ["--corpora.librispeech.root", "null", "--corpora.librispeech.sources", f"[{listed}]"]
     task = ["--train.tasks", "[next_step]", "--train.main_task", "next_step"]
-    return sharded.words(
+    return tiny.tiny_words(
         prepared,
         *corpus,
         *task,
