@@ -13,7 +13,7 @@ import numpy as np
 
 from mtl_dist.audio.clips import Clip
 from mtl_dist.audio.reading import fix_length
-from mtl_dist.audio.transforms import mix_at_snr
+from mtl_dist.audio.transforms import mix_at_snr, peak
 from mtl_dist.sections import check
 
 WINDOW = 2048
@@ -77,7 +77,7 @@ def shift_pitch(wave: np.ndarray, rate: int, semitones: float) -> np.ndarray:
 
 def amplify(wave: np.ndarray, gain_db: float) -> np.ndarray:
     """Multiply by 10^(gain_db / 20), or by less where the peak would leave [-1, 1]: nothing is clipped."""
-    return _within_full_scale(wave * 10.0 ** (gain_db / 20.0))
+    return _within_full_scale(wave * np.float32(10.0 ** (gain_db / 20.0)))
 
 
 def shift_time(wave: np.ndarray, samples: int) -> np.ndarray:
@@ -91,7 +91,7 @@ def shift_time(wave: np.ndarray, samples: int) -> np.ndarray:
 
 
 def _within_full_scale(wave: np.ndarray) -> np.ndarray:
-    return (wave / max(1.0, float(np.abs(wave).max()))).astype(np.float32)
+    return wave / np.float32(max(1.0, peak(wave)))
 
 
 class Augmentation:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import numpy as np
+import soundfile
 
 from mtl_dist.audio.reading import open_clip, read_stretch, sounding_span
 from mtl_dist.audio.transforms import peak_normalise
@@ -34,7 +35,7 @@ class ClipReader:
     def crop(self, row: dict, samples: int, generator: np.random.Generator) -> Clip:
         """Cut `samples` samples at a random place of the sounding part, or all of it if that is shorter."""
         with open_clip(row["audio"]) as file:
-            start, stop = sounding_span(file, self.silence_db)
+            start, stop = self._span(row, file)
             frames = math.ceil(samples * file.samplerate / self.rate)
             if stop - start > frames:
                 start += int(generator.integers(0, stop - start - frames + 1))
@@ -46,7 +47,7 @@ class ClipReader:
         """Cut the whole sounding part into windows side by side; the last may be shorter, and is kept if it is the
         only one or at least half a window long."""
         with open_clip(row["audio"]) as file:
-            start, stop = sounding_span(file, self.silence_db)
+            start, stop = self._span(row, file)
             frames = math.ceil(samples * file.samplerate / self.rate)
             count = max(1, int((stop - start) / frames + 0.5))
             begins = [start + i * frames for i in range(count)]
@@ -58,6 +59,12 @@ class ClipReader:
     def absent(self, row: dict) -> Clip:
         """Return the empty clip that keeps a bad file's place."""
         return Clip(id=row["id"], wave=np.zeros(0, np.float32), label=-1, split=row["split"])
+
+    def _span(self, row: dict, file: soundfile.SoundFile) -> tuple[int, int]:
+        """Return the sounding part as the row says, if it was found for the same `silence_db`, or as it is heard."""
+        if row.get("silence_db") == self.silence_db:
+            return row["sound_start"], row["sound_stop"]
+        return sounding_span(file, self.silence_db)
 
     def _clip(self, row: dict, wave: np.ndarray) -> Clip:
         wave = peak_normalise(wave) if self.peak else np.clip(wave, -1.0, 1.0)

@@ -10,6 +10,8 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from wave import Error as WaveError
+from wave import Wave_read
 
 import numpy as np
 import soundfile
@@ -58,6 +60,34 @@ class StretchFile(soundfile.SoundFile):
         return False
 
 
+class WaveBytes:
+    """A 16-bit WAV file in memory, with what is used here of soundfile.SoundFile.
+
+    libsndfile, which fetches bytes through Python piece by piece, takes five times as long.
+    """
+
+    extra_info = ""
+
+    def __init__(self, data: bytes):
+        self.file = Wave_read(io.BytesIO(data))
+        self.frames, self.samplerate = self.file.getnframes(), self.file.getframerate()
+        self.seek, self.tell, self.close = self.file.setpos, self.file.tell, self.file.close
+        self.channels = self.file.getnchannels()
+        if self.file.getsampwidth() != 2 or len(data) < 2 * self.channels * self.frames:
+            raise WaveError("not 16 bit, or not whole")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def read(self, frames: int, dtype: str, always_2d: bool) -> np.ndarray:
+        """Read on as float32 (frames, channels), the only type that is asked for."""
+        whole = np.frombuffer(self.file.readframes(frames), "<i2").reshape(-1, self.channels)
+        return whole * np.float32(1 / 32_768)
+
+
 def clip_name(audio: dict) -> str:
     """Return what to call a file in messages."""
     return audio.get("path") or "<bytes without a name>"
@@ -73,7 +103,7 @@ def stored_bytes(audio: dict) -> int:
 
 @contextlib.contextmanager
 def open_clip(audio: dict):
-    """Open {"path", "bytes"} as a soundfile.SoundFile with at least one frame.
+    """Open {"path", "bytes"} as a soundfile.SoundFile, or what stands for one, with at least one frame.
 
     Raises:
         BadClipError: missing, empty, not audio, or broken while it is read inside the `with`.
@@ -84,7 +114,7 @@ def open_clip(audio: dict):
     if data is not None and not data:
         raise BadClipError(name, "holds no bytes")
     try:
-        file = StretchFile(audio["path"] if data is None else io.BytesIO(data))
+        file = _opened(audio["path"] if data is None else data)
     except (soundfile.LibsndfileError, OSError, TypeError) as error:  # TypeError: *.raw
         raise BadClipError(name, f"cannot be read as audio ({error})") from error
     with file:
@@ -97,6 +127,13 @@ def open_clip(audio: dict):
             raise BadClipError(name, str(error)) from error
         except (soundfile.LibsndfileError, OSError) as error:
             raise BadClipError(name, f"cannot be read as audio ({error})") from error
+
+
+def _opened(source: str | bytes) -> soundfile.SoundFile | WaveBytes:
+    if isinstance(source, bytes) and source.startswith(b"RIFF"):
+        with contextlib.suppress(WaveError, EOFError):  # another kind of WAV, or a damaged one
+            return WaveBytes(source)
+    return StretchFile(io.BytesIO(source) if isinstance(source, bytes) else source)
 
 
 def _refuse_cut_short(file: soundfile.SoundFile, name: str) -> None:
@@ -121,7 +158,7 @@ def read_frames(file: soundfile.SoundFile, start: int, frames: int) -> np.ndarra
         raise BadFramesError(
             f"is truncated: {start + len(samples)} of {file.frames} samples could be read"
         )
-    if not np.isfinite(samples).all():
+    if not math.isfinite(samples.sum()) and not np.isfinite(samples).all():
         raise BadFramesError(f"has NaN or Inf among samples {start} to {start + frames}")
     return samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
 

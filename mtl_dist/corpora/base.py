@@ -1,8 +1,8 @@
 """What a corpus is: rows per split in a Hugging Face `datasets` table, read by name through a registry.
 
-A row is {"id", "audio": {"path", "bytes"}, "label", "split", "corpus", "block", "place"}; audio stays a path, or lies in the
-corpus' shards, until a task needs a stretch of it: a block of -1 says that the clip has a file of its own. A new kind of
-corpus is a dataclass with a `load` and @register_corpus("its_name"). Tested by tests/test_corpora.py.
+A row is {"id", "audio": {"path", "bytes"}, "label", "split", "corpus", "block", "place", and SOUND}; audio stays a path, or
+lies in the corpus' shards, until a task needs a stretch of it: a block of -1 says that the clip has a file of its own. A new
+kind of corpus is a dataclass with a `load` and @register_corpus("its_name"). Tested by tests/test_corpora.py.
 """
 
 import csv
@@ -25,8 +25,14 @@ FEATURES = datasets.Features(
         "corpus": datasets.Value("string"),
         "block": datasets.Value("int64"),
         "place": datasets.Value("int64"),
+        "silence_db": datasets.Value("float64"),
+        "sound_start": datasets.Value("int64"),
+        "sound_stop": datasets.Value("int64"),
     }
 )
+SOUND = ("silence_db", "sound_start", "sound_stop")
+"""Where the sound of a clip begins and ends, in samples, and the level in dBFS below which it was taken for silence; None
+where that is not known."""
 SPLITS = ("train", "validation", "test")
 AUDIO_SUFFIXES = frozenset(
     ".wav .wave .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .snd .caf .w64 .rf64".split()
@@ -127,6 +133,7 @@ def make_corpus(
                 "corpus": name,
                 "block": row.get("block", -1),
                 "place": row.get("place", 0),
+                **{column: row.get(column) for column in SOUND},
             }
         )
     splits = {

@@ -8,7 +8,7 @@ Memory of a worker: one permutation per task and one round of float32 crops. Tes
 import dataclasses
 import itertools
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -174,7 +174,7 @@ class RoundStream(IterableDataset):
         for name in self.tasks:
             own = [part.batches[name] for part in parts if name in part.batches]
             ids = [clip for micro in own for clip in micro.ids]
-            whole = [_joined(tensors) for tensors in zip(*(m.batch for m in own), strict=True)]
+            whole = _joined([micro.batch for micro in own])
             result.micro_batches[name] = [
                 MicroBatch(
                     batch=TaskBatch(*(t[first : first + size] for t in whole)),
@@ -209,17 +209,32 @@ def prepare(
     task: Task, rows: list[tuple[int, dict]], reader: ClipReader, seed: int
 ) -> tuple[MicroBatch, list[str]]:
     """Read and prepare the crops of (epoch, row) pairs: (micro-batch, ["file: reason"] of bad clips)."""
-    parts, bad = [], []
+    clips, bad = [], []
     for epoch, row in rows:
         keyed = keyed_generators(seed, task.name, epoch)
         try:
             clip: Clip = reader.crop(row, task.crop_samples, keyed(row["id"], "crop"))
-            parts.append(task.prepare([task.augment(clip, keyed)], keyed))
+            clips.append((epoch, task.augment(clip, keyed)))
         except BadClipError as error:
             bad.append(str(error))
-            parts.append(task.prepare([reader.absent(row)], keyed))
-    batch = TaskBatch(*map(_joined, zip(*parts, strict=True)))
-    return MicroBatch(batch=batch, ids=[row["id"] for _, row in rows]), bad
+            clips.append((epoch, reader.absent(row)))
+    parts = []
+    for epoch, group in itertools.groupby(clips, key=lambda pair: pair[0]):
+        keyed = keyed_generators(seed, task.name, epoch)
+        parts += batches([clip for _, clip in group], task, keyed, bad)
+    return MicroBatch(batch=_joined(parts), ids=[row["id"] for _, row in rows]), bad
+
+
+def batches(clips: list[Clip], task: Task, keyed: Keyed, bad: list[str]) -> list[TaskBatch]:
+    """Return the batch of some clips; or, where the noise of one cannot be read, batches of one, noting it in `bad`."""
+    try:
+        return [task.prepare(clips, keyed)]
+    except BadClipError as error:
+        if len(clips) > 1:
+            return [batch for clip in clips for batch in batches([clip], task, keyed, bad)]
+        bad.append(str(error))
+        absent = dataclasses.replace(clips[0], wave=clips[0].wave[:0], label=-1)
+        return [task.prepare([absent], keyed)]
 
 
 class Rounds:
@@ -264,8 +279,10 @@ class Rounds:
             self.loader._shutdown_workers()
 
 
-def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+def _joined(batches: list[TaskBatch]) -> TaskBatch:
+    if len(batches) == 1:
+        return batches[0]
+    return TaskBatch(*map(torch.cat, zip(*batches, strict=True)))
 
 
 def _outlive_signals(worker: int) -> None:
