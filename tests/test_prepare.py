@@ -25,7 +25,7 @@ from mtl_dist import prepare as preparing
 from mtl_dist.audio.reading import open_clip, read_stretch
 from mtl_dist.corpora.noise import SPLIT_SPANS
 from mtl_dist.preparing import encoding, sources
-from mtl_dist.preparing.pieces import Piece, flac_bytes, plan_shards
+from mtl_dist.preparing.pieces import Piece, expected_bytes, plan_shards
 
 FOLDERS = {"fsdkaggle2018": "FSDKaggle2018", "librispeech": "LibriSpeech", "chime3": "CHiME3"}
 SMALL = ("--shard_mb", "0.006", "--rows_per_group", "2")
@@ -380,9 +380,9 @@ def test_shards_hold_whole_row_groups_and_about_as_much_as_was_asked_for():
     planned = [piece.id for shard in shards for piece in shard.pieces]
     assert sorted(planned) == [piece.id for piece in pieces]
     assert all(len(shard.pieces) % 16 == 0 for shard in shards[:-1])
-    one_group = 16 * 15 * flac_bytes([pieces[0]]) / pieces[0].seconds
-    assert len(shards) == round(flac_bytes(pieces) / 5e6)
-    assert all(abs(flac_bytes(shard.pieces) - 5e6) < 1.1 * one_group for shard in shards)
+    one_group = 16 * 15 * expected_bytes([pieces[0]]) / pieces[0].seconds
+    assert len(shards) == round(expected_bytes(pieces) / 5e6)
+    assert all(abs(expected_bytes(shard.pieces) - 5e6) < 1.1 * one_group for shard in shards)
     assert shards[3].file == f"train-00003-of-{len(shards):05d}.parquet"
 
 

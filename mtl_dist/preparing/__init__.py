@@ -1,1 +1,1 @@
-"""The parts of `mtl-dist prepare`: what it is given, what goes into which shard, sound to FLAC, reading back."""
+"""The parts of `mtl-dist prepare`: what it is given, what goes into which shard, sound to FLAC or WAV, reading back."""

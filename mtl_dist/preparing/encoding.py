@@ -1,4 +1,4 @@
-"""From files to 16 kHz FLAC, in several processes; the results come back in the order of what was asked for."""
+"""From files to 16 kHz FLAC or WAV, in several processes; the results come back in the order of what was asked for."""
 
 import collections
 import dataclasses
@@ -15,7 +15,9 @@ from multiprocessing.connection import wait
 import numpy as np
 import soundfile
 
-from mtl_dist.audio.reading import BadClipError, open_clip, read_stretch
+from mtl_dist.audio.clips import ClipReader
+from mtl_dist.audio.reading import BadClipError, open_clip, read_stretch, sounding_span
+from mtl_dist.corpora.base import SOUND
 from mtl_dist.preparing.pieces import RATE, Piece
 
 STRETCH_SECONDS = 60
@@ -54,7 +56,7 @@ def measure(paths: list[str]) -> list[tuple[int, int, int] | str]:
 
 
 def encode(piece: Piece) -> tuple[bytes, int, int]:
-    """Return (a FLAC file of 16 kHz, mono, 16 bit; its samples; how many of them were clipped).
+    """Return (a FLAC or WAV file of 16 kHz, mono, 16 bit; its samples; how many of them were clipped).
 
     Raises:
         BadClipError: missing, truncated, NaN or Inf, or otherwise not to be read.
@@ -63,7 +65,7 @@ def encode(piece: Piece) -> tuple[bytes, int, int]:
     buffer = io.BytesIO()
     with (
         open_clip({"path": piece.path, "bytes": None}) as file,
-        soundfile.SoundFile(buffer, "w", RATE, 1, "PCM_16", format="FLAC") as out,
+        soundfile.SoundFile(buffer, "w", RATE, 1, "PCM_16", format=piece.encoding) as out,
     ):
         for start, frames in _stretches(piece):
             wave = read_stretch(file, start, frames, RATE)
@@ -72,6 +74,13 @@ def encode(piece: Piece) -> tuple[bytes, int, int]:
             whole = np.rint(wave * FULL_SCALE)
             out.write(whole.clip(-FULL_SCALE, FULL_SCALE - 1).astype(np.int16))
     return buffer.getvalue(), samples, clipped
+
+
+def sound(audio: dict) -> dict:
+    """Return the columns that say where the sound begins and ends, as training would hear it."""
+    with open_clip(audio) as file:
+        start, stop = sounding_span(file, ClipReader.silence_db)
+    return dict(zip(SOUND, (ClipReader.silence_db, start, stop), strict=True))
 
 
 def _stretches(piece: Piece) -> Iterator[tuple[int, int]]:
@@ -91,13 +100,15 @@ def encode_chunk(pieces: list[Piece]) -> list[Encoded]:
         except BadClipError as error:
             done.append(Encoded(row=None, name=piece.name, reason=error.reason))
             continue
+        audio = {"bytes": data, "path": f"{piece.id}.{piece.encoding}"}
         row = {
             "id": piece.id,
-            "audio": {"bytes": data, "path": f"{piece.id}.flac"},
+            "audio": audio,
             "label": piece.label,
             "speaker": piece.speaker,
             "split": piece.split,
             "seconds": samples / RATE,
+            **sound(audio),
         }
         done.append(Encoded(row=row, clipped=clipped))
     return done

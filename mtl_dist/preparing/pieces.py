@@ -16,8 +16,8 @@ from mtl_dist.corpora.noise import SPLIT_SPANS
 
 RATE = 16_000
 NOISE_SECONDS = 10
-FLAC_BYTES_PER_SECOND = 0.6 * 2 * RATE
-"""What 16 kHz speech takes as 16-bit FLAC, about (LibriSpeech: 0.57 of its samples' bytes)."""
+BYTES_PER_SECOND = {"flac": 0.6 * 2 * RATE, "wav": 2 * RATE}
+"""What 16 kHz speech takes with 16 bits, about (FLAC of LibriSpeech: 0.57 of its samples' bytes)."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,11 +34,18 @@ class Piece:
     start: int
     frames: int
     rate: int
+    encoding: str = "flac"
+    """How it will be stored, flac or wav."""
 
     @property
     def seconds(self) -> float:
         """How long it is."""
         return self.frames / self.rate
+
+    @property
+    def bytes(self) -> float:
+        """About how much it will take."""
+        return self.seconds * BYTES_PER_SECOND[self.encoding]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +57,9 @@ class Shard:
     pieces: list[Piece]
 
 
-def flac_bytes(pieces: Iterable[Piece]) -> float:
+def expected_bytes(pieces: Iterable[Piece]) -> float:
     """Return about how many bytes the pieces will take."""
-    return FLAC_BYTES_PER_SECOND * sum(piece.seconds for piece in pieces)
+    return sum(piece.bytes for piece in pieces)
 
 
 def name_within(folder: Path, path: Path) -> str:
@@ -60,10 +67,10 @@ def name_within(folder: Path, path: Path) -> str:
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
 
-def cut(row: dict, name: str, frames: int, rate: int, kind: str) -> list[Piece]:
+def cut(row: dict, name: str, frames: int, rate: int, kind: str, encoding: str) -> list[Piece]:
     """Return the pieces of a file of `frames` frames at `rate` Hz."""
     common = {"path": str(row["path"]), "name": name, "label": row["label"]}
-    common |= {"speaker": row["speaker"], "rate": rate}
+    common |= {"speaker": row["speaker"], "rate": rate, "encoding": encoding}
     if kind != "chime3":
         return [Piece(id=row["id"], split=row["split"], start=0, frames=frames, **common)]
     spans = []
@@ -93,9 +100,9 @@ def plan_shards(
     for split in sorted(ids_of):
         order = [by_id[i] for i in shuffled(ids_of[split], seed, "prepare", split)]
         groups = [order[i : i + rows_per_group] for i in range(0, len(order), rows_per_group)]
-        total = flac_bytes(order)
+        total = expected_bytes(order)
         target = total / max(1, round(total / (1e6 * shard_mb)))
-        begins = [0.0, *itertools.accumulate(flac_bytes(group) for group in groups)]
+        begins = [0.0, *itertools.accumulate(expected_bytes(group) for group in groups)]
         numbers = [int(begin / target) for begin in begins[:-1]]
         parts = [
             [piece for _, group in part for piece in group]

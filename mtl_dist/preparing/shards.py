@@ -1,4 +1,4 @@
-"""Parquet files of rows with FLAC in them: written whole or not at all."""
+"""Parquet files of rows with sound in them: written whole or not at all."""
 
 import hashlib
 import os
@@ -16,6 +16,9 @@ SCHEMA = pa.schema(
         "speaker": pa.string(),
         "split": pa.string(),
         "seconds": pa.float64(),
+        "silence_db": pa.float64(),
+        "sound_start": pa.int64(),
+        "sound_stop": pa.int64(),
     }
 )
 GROUP_BYTES = 256_000_000
@@ -34,7 +37,7 @@ def write_shard(path: Path, rows: Iterable[dict], rows_per_group: int) -> dict:
         with open(partial, "wb") as file:
             with pq.ParquetWriter(
                 file, SCHEMA, compression="NONE", use_dictionary=False, write_statistics=False
-            ) as writer:  # FLAC is as small as it gets
+            ) as writer:  # FLAC is as small as it gets, and WAV is for those in a hurry
                 for group in _groups(rows, rows_per_group):
                     table = pa.Table.from_pylist(group, SCHEMA)
                     writer.write_table(table, row_group_size=len(group))

@@ -152,7 +152,7 @@ def list_clips(kind: str, folder: Path, manifest: Path | None, labelled: bool) -
 
 
 def survey(
-    kind: str, folder: Path, listing: Listing, workers: Workers
+    kind: str, encoding: str, folder: Path, listing: Listing, workers: Workers
 ) -> tuple[list[Piece], dict[str, int], list[dict]]:
     """Read all headers: (pieces, {path: bytes}, {"file", "reason"} of what is to be skipped)."""
     paths = [str(row["path"]) for row in listing.rows]
@@ -168,7 +168,7 @@ def survey(
             unusable.append({"file": name, "reason": header})
             continue
         frames, rate, sizes[str(row["path"])] = header
-        pieces += cut(row, name, frames, rate, kind)
+        pieces += cut(row, name, frames, rate, kind, encoding)
     for path in (path for paths in listing.missing.values() for path in paths):
         unusable.append({"file": name_within(folder, Path(path)), "reason": "is not there"})
     return pieces, sizes, sorted(unusable, key=lambda entry: entry["file"])

@@ -1,4 +1,4 @@
-"""`mtl-dist prepare --verify`: every shard read back, every FLAC decoded, every count compared."""
+"""`mtl-dist prepare --verify`: every shard read back, all sound decoded, every count compared."""
 
 import hashlib
 import io
@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import soundfile
 from tqdm import tqdm
 
-from mtl_dist.preparing.encoding import Workers
+from mtl_dist.corpora.base import SOUND
+from mtl_dist.preparing.encoding import Workers, sound
 from mtl_dist.preparing.pieces import RATE
 from mtl_dist.preparing.shards import SCHEMA, fingerprint
 from mtl_dist.preparing.work import describe, read_manifest
@@ -105,11 +106,13 @@ def _problems(row: dict, split: str) -> list[str]:
             form = (file.format, file.subtype, file.samplerate, file.channels)
             samples = file.read(dtype="int16")
     except soundfile.LibsndfileError as error:
-        return [*wrong, f"its FLAC cannot be decoded ({error})"]
-    if form != ("FLAC", "PCM_16", RATE, 1):
-        return [*wrong, f"is {form}, not 16-bit mono FLAC of {RATE} Hz"]
-    if hashlib.md5(samples.tobytes()).digest() != data[FLAC_MD5]:
+        return [*wrong, f"its sound cannot be decoded ({error})"]
+    if form not in {(encoding, "PCM_16", RATE, 1) for encoding in ("FLAC", "WAV")}:
+        return [*wrong, f"is {form}, not 16-bit mono FLAC or WAV of {RATE} Hz"]
+    if form[0] == "FLAC" and hashlib.md5(samples.tobytes()).digest() != data[FLAC_MD5]:
         wrong.append("its samples are not those that were encoded (md5)")
     if len(samples) != round((row["seconds"] or 0) * RATE):
         wrong.append(f"lasts {len(samples) / RATE} s, its column seconds says {row['seconds']}")
+    elif (heard := sound(row["audio"])) != {column: row[column] for column in SOUND}:
+        wrong.append(f"sounds as {heard}, its columns say otherwise")
     return wrong
