@@ -25,6 +25,7 @@ import psutil
 import soundfile
 
 CONTENDERS = [
+    "ours_prepared_wav",
     "ours_prepared",
     "ours_folders",
     "parquet_torchcodec",
@@ -32,7 +33,7 @@ CONTENDERS = [
     "lhotse_cuts",
     "webdataset_tars",
 ]
-OURS = "ours_folders", "ours_prepared"
+OURS = "ours_folders", "ours_prepared", "ours_prepared_wav"
 COPIES = 9
 """251 utterances so many times, under other names: 2,259 files."""
 READY = 5
@@ -196,7 +197,6 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="folder that gets 0.5 GB for every kind of file")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=CONTENDERS)
-    parser.add_argument("--prepared", action="store_true", help="measure ours from shards, too")
     parser.add_argument("--cores", nargs="+", default=["0", "0,1"])
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="of a turn")
@@ -207,10 +207,7 @@ def main() -> None:
     if options.serve:
         serve(options.serve, options.work, options.workers)
         return
-    names = [name for name in options.only if options.prepared or name != "ours_prepared"]
-    if "ours_prepared" not in names:
-        print("Ours from prepared shards is left out; --prepared measures it.")
-    for name in ["corpora", *names]:
+    for name in ["corpora", *options.only]:
         written = options.work / f"{name}.written"
         if not written.exists():
             options.work.mkdir(parents=True, exist_ok=True)
@@ -220,7 +217,7 @@ def main() -> None:
                 importlib.import_module(f"rivals.{name}").write(options.work)
             written.touch()
     for cores in options.cores:
-        report(measure(options, names, cores), len(cores.split(",")))
+        report(measure(options, options.only, cores), len(cores.split(",")))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Ours from the shards that `mtl-dist prepare` writes."""
+"""Ours from the shards that `mtl-dist prepare` writes, in FLAC."""
 
 import subprocess
 import sys
@@ -7,16 +7,19 @@ from pathlib import Path
 
 from rivals import common, ours
 
-NAME = "ours from prepared shards"
+NAME = "ours from prepared shards, FLAC"
 
 
-def write(work: Path) -> None:
-    """Prepare both corpora."""
-    for kind, folder in (("librispeech", "LibriSpeech"), ("chime3", "CHiME3")):
-        words = [kind, str(work / folder), str(work / f"prepared_{folder}"), "--shard_mb", "64"]
+def write(work: Path, encoding: str = "flac") -> None:
+    """Prepare both corpora, the utterances in this encoding, the backgrounds in their own."""
+    out = work / f"prepared_{encoding}"
+    for kind, *words in (("librispeech", "--encoding", encoding, "--shard_mb", "64"), ("chime3",)):
+        source = work / ("LibriSpeech" if kind == "librispeech" else "CHiME3")
+        words = [kind, str(source), str(out / kind), *words]
         subprocess.run([sys.executable, "-m", "mtl_dist.cli", "prepare", *words], check=True)
 
 
-def batches(work: Path, workers: int) -> Iterator[common.Batch]:
+def batches(work: Path, workers: int, encoding: str = "flac") -> Iterator[common.Batch]:
     """Yield batches."""
-    return ours.batches_from(work / "prepared_LibriSpeech", work / "prepared_CHiME3", workers)
+    out = work / f"prepared_{encoding}"
+    return ours.batches_from(out / "librispeech", out / "chime3", workers)

@@ -21,10 +21,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from loading import cpu_seconds
 
-from rivals import common, ours_folders, ours_prepared
+from rivals import common, ours_folders, ours_prepared, ours_prepared_wav
 
 STAGES = {
-    "rows of the tables, by `datasets`": ("order.py", "rows", None),
+    "rows, and their blocks": ("table.py", "read", None),
+    "- reading blocks (speech and noise)": ("shards.py", "read", None),
     "keyed generators": ("keys.py", "generator", None),
     "the crop: open, ends, read, normalise": ("clips.py", "crop", None),
     "- finding the sounding span": ("reading.py", "sounding_span", None),
@@ -77,10 +78,11 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("work", type=Path)
-    parser.add_argument("--prepared", action="store_true", help="from shards instead of folders")
+    kinds = {"folders": ours_folders, "flac": ours_prepared, "wav": ours_prepared_wav}
+    parser.add_argument("--from", dest="kind", choices=kinds, default="folders")
     parser.add_argument("--batches", type=int, default=20)
     options = parser.parse_args()
-    contender, number = ours_prepared if options.prepared else ours_folders, options.batches
+    contender, number = kinds[options.kind], options.batches
     clips, batches = number * common.BATCH, contender.batches(options.work, 0)
     batch = next(batches)
     whole, cpu = milliseconds_a_clip(lambda: list(islice(batches, number)), clips)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import get_worker_info
 
 from mtl_dist.audio.augment import Augmentation, AugmentConfig
 from mtl_dist.audio.clips import Clip, ClipReader
@@ -167,10 +168,19 @@ def register_task(name: str) -> Callable[[type[Task]], type[Task]]:
 
 def pad_waves(waves: list[np.ndarray], samples: int) -> Tensor:
     """Stack waves into float32 (B, T), zero-padded at the end; T is `samples`, or the longest wave if that is longer."""
-    batch = torch.zeros(len(waves), max([samples, *map(len, waves)]))
+    batch = _zeros(len(waves), max([samples, *map(len, waves)]))
     for row, wave in zip(batch, waves, strict=True):
         row[: len(wave)] = torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32))
     return batch
+
+
+def _zeros(clips: int, samples: int) -> Tensor:
+    """Return float32 (B, T) of zeros; in a loader's worker in memory that is shared, or else it would be copied there."""
+    if get_worker_info() is None:
+        return torch.zeros(clips, samples)
+    size = clips * samples
+    storage = torch.UntypedStorage._new_shared(size * torch.float32.itemsize)  # as default_collate
+    return torch.empty(0).set_(storage, 0, (clips, samples))
 
 
 def valid_lengths(clips: list[Clip]) -> Tensor:
