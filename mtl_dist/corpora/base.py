@@ -28,10 +28,6 @@ FEATURES = datasets.Features(
     }
 )
 SPLITS = ("train", "validation", "test")
-AUDIO_SUFFIXES = frozenset(
-    ".wav .wave .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .snd .caf .w64 .rf64".split()
-)
-"""What is audio in a folder; a manifest may name anything that libsndfile reads."""
 
 
 @dataclasses.dataclass(kw_only=True)

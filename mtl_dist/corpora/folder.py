@@ -9,7 +9,6 @@ import logging
 from pathlib import Path
 
 from mtl_dist.corpora.base import (
-    AUDIO_SUFFIXES,
     SPLITS,
     Corpus,
     Listing,
@@ -21,6 +20,7 @@ from mtl_dist.corpora.base import (
     stratified_share,
 )
 from mtl_dist.corpora.sharded import InShards
+from mtl_dist.streams.sources import AUDIO_SUFFIXES
 
 log = logging.getLogger("mtl_dist")
 
