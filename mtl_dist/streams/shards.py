@@ -101,11 +101,6 @@ class Shards:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def weights(self) -> list[float] | None:
-        """Return the weight of each source, or None if they have none."""
-        weights = [source.weight for source in self.sources]
-        return None if None in weights else weights
-
     def name(self, block: int) -> str:
         """Return file and row group, or samples, of a block, for messages."""
         number, place = self._places[block].tolist()
