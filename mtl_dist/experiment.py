@@ -39,7 +39,8 @@ class Experiment:
         """Return the training rows of all sources of a task."""
         sources = [self.corpora[name].splits["train"] for name in self.tasks[task].config.sources]
         rows = datasets.concatenate_datasets(sources) if len(sources) > 1 else sources[0]
-        return Table(rows, self.shards())
+        weights = {n: c.weights for n, c in self.corpora.items() if c.weights is not None}
+        return Table(rows, self.shards(), weights)
 
     def evaluation_table(self, task: str, split: str) -> Table:
         """Return the rows of a split that a task is evaluated on: those of its first source."""

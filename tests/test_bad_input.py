@@ -109,7 +109,7 @@ def test_a_missing_or_empty_corpus_of_speech_or_noise_is_named(
     [
         ({"manifest": "/gone.csv"}, "corpora.folder.manifest: the file /gone.csv does not exist"),
         ({"root": "/gone"}, "corpora.folder.root: the folder /gone does not exist"),
-        ({}, "set root (a folder), manifest (a CSV file) or sources (Parquet)"),
+        ({}, "set root (a folder), manifest (a CSV file) or sources (a list of any kind)"),
         ({"manifest": "M"}, "line 2, column label: empty; every clip needs a label"),
     ],
 )

@@ -19,9 +19,9 @@ import soundfile
 import worlds
 
 from mtl_dist.audio.clips import ClipReader
-from mtl_dist.corpora.base import AUDIO_SUFFIXES
 from mtl_dist.corpora.folder import Folder
 from mtl_dist.corpora.synthetic import synthesise
+from mtl_dist.streams.sources import AUDIO_SUFFIXES
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

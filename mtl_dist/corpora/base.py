@@ -1,8 +1,8 @@
 """What a corpus is: rows per split in a Hugging Face `datasets` table, read by name through a registry.
 
-A row is {"id", "audio": {"path", "bytes"}, "label", "split", "corpus", "block", "place", and SOUND}; audio stays a path, or
-lies in the corpus' shards, until a task needs a stretch of it: a block of -1 says that the clip has a file of its own. A new
-kind of corpus is a dataclass with a `load` and @register_corpus("its_name"). Tested by tests/test_corpora.py.
+A row is {"id", "audio": {"path", "bytes"}, "label", "split", "corpus", "source", "block", "place", and SOUND}; audio
+stays a path, or lies in the corpus' shards, until a task needs a stretch of it: a block of -1 says that the clip has a file
+of its own. A new kind of corpus is a dataclass with a `load` and @register_corpus("its_name"). Tested by tests/test_corpora.py.
 """
 
 import csv
@@ -23,6 +23,7 @@ FEATURES = datasets.Features(
         "label": datasets.Value("int64"),
         "split": datasets.Value("string"),
         "corpus": datasets.Value("string"),
+        "source": datasets.Value("int64"),
         "block": datasets.Value("int64"),
         "place": datasets.Value("int64"),
         "silence_db": datasets.Value("float64"),
@@ -34,10 +35,6 @@ SOUND = ("silence_db", "sound_start", "sound_stop")
 """Where the sound of a clip begins and ends, in samples, and the level in dBFS below which it was taken for silence; None
 where that is not known."""
 SPLITS = ("train", "validation", "test")
-AUDIO_SUFFIXES = frozenset(
-    ".wav .wave .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .snd .caf .w64 .rf64".split()
-)
-"""What is audio in a folder; a manifest may name anything that libsndfile reads."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -46,7 +43,7 @@ class Listing:
 
     rows: list[dict]
     """{"id" (without the corpus' name), "path", "label" (a class name or None), "speaker" (or None), "split" (as
-    published; None where nothing says)}."""
+    published; None where nothing says)}; of a corpus with `sources` also "source", the number of its source."""
     classes: list[str] = dataclasses.field(default_factory=list)
     missing: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     """As in Corpus."""
@@ -54,13 +51,17 @@ class Listing:
     """As in Corpus; rows in shards have "block" and "place" instead of "path"."""
     in_pieces: bool = False
     """As in Corpus."""
+    weights: list[float] | None = None
+    """As in Corpus."""
 
     def corpus(self, name: str, rows: Iterable[dict], classes: list[str] | None = None) -> "Corpus":
         """Return the corpus of these clips: `rows` as listed, with split and full id."""
         made = make_corpus(
             name, rows, classes if classes is not None else self.classes, self.missing
         )
-        return dataclasses.replace(made, shards=self.shards, in_pieces=self.in_pieces)
+        return dataclasses.replace(
+            made, shards=self.shards, in_pieces=self.in_pieces, weights=self.weights
+        )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -76,6 +77,8 @@ class Corpus:
     """What reads the blocks of rows that have no file of their own."""
     in_pieces: bool = False
     """Whether recordings were cut into pieces, of which every split has its own."""
+    weights: list[float] | None = None
+    """The shares that the sources have of the corpus' clips in a round, by their numbers; None for all clips alike."""
 
     def describe(self) -> str:
         """One line for the log."""
@@ -131,6 +134,7 @@ def make_corpus(
                 "label": index[row["label"]] if classes else -1,
                 "split": row["split"],
                 "corpus": name,
+                "source": row.get("source", 0),
                 "block": row.get("block", -1),
                 "place": row.get("place", 0),
                 **{column: row.get(column) for column in SOUND},

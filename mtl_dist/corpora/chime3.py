@@ -4,7 +4,7 @@ import dataclasses
 import re
 
 from mtl_dist.corpora.base import Corpus, Listing, register_corpus, require_folder
-from mtl_dist.corpora.sharded import InShards
+from mtl_dist.corpora.sharded import FromSources
 from mtl_dist.corpora.synthetic import resolve_root
 
 PIECE = re.compile(r"(?:.*/)?BGD_\d+_\w+?_([A-Z]{3})(?:\.CH(\d))?(?:_\d+)?(?:\.(?:wav|flac))?$")
@@ -13,7 +13,7 @@ NAME = re.compile(r"BGD_\d+_\w+?_([A-Z]{3})(?:\.CH(\d))?\.(?:wav|flac)$")
 
 @register_corpus("chime3")
 @dataclasses.dataclass(kw_only=True)
-class Chime3(InShards):
+class Chime3(FromSources):
     """CHiME-3 backgrounds, unlabelled noise."""
 
     root: str | None = None
@@ -33,12 +33,14 @@ class Chime3(InShards):
 
     def listing(self, name: str) -> Listing:
         """List the recordings of the chosen environments and channels. Raises ValueError where there are none."""
-        sharded = self.from_shards(name, "chime3")
-        if sharded is not None:
-            return dataclasses.replace(sharded, rows=self._chosen_pieces(sharded.rows, name))
+        found = self.from_sources(name, "chime3")
+        return dataclasses.replace(found, rows=self._chosen(found.rows, name))
+
+    def published(self, name: str, root: str | None, field: str) -> Listing:
+        """List the recordings of a folder as published. Raises ValueError where there are none."""
         root = require_folder(
-            resolve_root(self.root, name, "CHiME3"),
-            f"corpora.{name}.root",
+            resolve_root(root, name, "CHiME3"),
+            field,
             "point it at the CHiME-3 backgrounds, in the original data/audio/16kHz/backgrounds",
         )
         found = [
@@ -59,8 +61,8 @@ class Chime3(InShards):
             )
         return Listing(rows=rows)
 
-    def _chosen_pieces(self, rows: list[dict], name: str) -> list[dict]:
-        """Return the rows in shards, recordings or pieces of them, of the chosen environments and channels."""
+    def _chosen(self, rows: list[dict], name: str) -> list[dict]:
+        """Return the rows, recordings or pieces of them, of the chosen environments and channels."""
         chosen = []
         for row in rows:
             match = PIECE.match(row["id"])

@@ -7,20 +7,20 @@ There are three of the kind, so that labelled clips, unlabelled audio and noise 
 import dataclasses
 import logging
 from pathlib import Path
+from typing import ClassVar
 
 from mtl_dist.corpora.base import (
-    AUDIO_SUFFIXES,
-    SPLITS,
     Corpus,
     Listing,
     alike,
-    read_table,
     register_corpus,
     require_folder,
     require_label,
     stratified_share,
 )
-from mtl_dist.corpora.sharded import InShards
+from mtl_dist.corpora.manifest import read_manifest
+from mtl_dist.corpora.sharded import FromSources
+from mtl_dist.streams.sources import AUDIO_SUFFIXES
 
 log = logging.getLogger("mtl_dist")
 
@@ -29,8 +29,10 @@ log = logging.getLogger("mtl_dist")
 @register_corpus("unlabelled_folder")
 @register_corpus("folder")
 @dataclasses.dataclass(kw_only=True)
-class Folder(InShards):
+class Folder(FromSources):
     """A plain folder or CSV manifest of your own."""
+
+    CLASSES_GROW: ClassVar[bool] = True
 
     root: str | None = None
     """Folder of audio files; with a manifest, the folder that its relative paths start from."""
@@ -74,7 +76,7 @@ class Folder(InShards):
                 "corpora.%s: two classes differ in case or spaces only: %s", name, alike(classes)
             )
         for row in rows:
-            if row["label"]:
+            if row["label"] or classes:
                 require_label(
                     row["label"],
                     classes,
@@ -84,69 +86,46 @@ class Folder(InShards):
 
     def listing(self, name: str) -> Listing:
         """List the clips; their split is None where no manifest names it. Raises ValueError as `load` does."""
-        sharded = self.from_shards(name, "folder")
-        if sharded is not None:
-            return _undivided(sharded)
-        if self.manifest is not None:
-            rows, missing = self._from_manifest(name)
-        elif self.root is not None:
-            rows, missing = self._from_folder(name), []
-        else:
-            raise ValueError(
-                f"corpora.{name}: set root (a folder), manifest (a CSV file) or sources (Parquet)"
-            )
-        if not rows:
-            raise ValueError(
-                f"corpora.{name}: no audio files in {self.manifest or self.root} ({len(missing)} missing)"
-            )
-        return Listing(rows=rows, missing={"any": missing})
+        if self.manifest is not None and not self.sources:
+            root = None if self.root is None else Path(self.root).expanduser()
+            table = Path(self.manifest).expanduser()
+            return read_manifest(table, root, f"corpora.{name}.manifest")
+        return _undivided(self.from_sources(name, "folder"))
 
-    def _from_folder(self, name: str) -> list[dict]:
-        root = require_folder(
-            Path(self.root).expanduser(), f"corpora.{name}.root", "set it to your audio"
-        )
-        paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES)
+    def published(self, name: str, root: str | None, field: str) -> Listing:
+        """List a folder of audio files. Raises ValueError as `load` does."""
+        if root is None:
+            raise ValueError(
+                f"corpora.{name}: set root (a folder), manifest (a CSV file) or sources (a list of any kind)"
+            )
+        folder = require_folder(Path(root).expanduser(), field, "set it to your audio")
+        paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES)
         paths = [path for path in paths if path.is_file()]
         rows = []
         for path in paths:
-            parts = path.relative_to(root).parts
+            parts = path.relative_to(folder).parts
             if self.labelled and len(parts) < 2:
                 raise ValueError(
-                    f"{path}: no label; with labelled: true files lie in {root}/LABEL/"
+                    f"{path}: no label; with labelled: true files lie in {folder}/LABEL/"
                 )
             label = parts[0] if self.labelled else None
-            rows.append(_row("/".join(parts), path, label, None))
-        return rows
-
-    def _from_manifest(self, name: str) -> tuple[list[dict], list[str]]:
-        table = Path(self.manifest).expanduser()
-        if not table.is_file():
-            raise ValueError(f"corpora.{name}.manifest: the file {table} does not exist")
-        root = Path(self.root).expanduser() if self.root is not None else table.parent
-        rows, missing, seen = [], [], set()
-        for where, row in read_table(table, ["path"]):
-            if "label" in row and not row["label"]:
-                raise ValueError(f"{where}, column label: empty; every clip needs a label")
-            split = row.get("split") or None
-            if split not in (None, *SPLITS):
-                raise ValueError(f"{where}, column split: {split!r} (allowed: {', '.join(SPLITS)})")
-            path = root / row["path"]
-            if row["path"] in seen:
-                raise ValueError(f"{where}: {row['path']} stands twice")
-            seen.add(row["path"])
-            if path.is_file():
-                rows.append(_row(row["path"], path, row.get("label"), split))
-            else:
-                missing.append(str(path))
-        return rows, missing
+            rows.append(
+                {
+                    "id": "/".join(parts),
+                    "path": path,
+                    "label": label,
+                    "speaker": None,
+                    "split": None,
+                }
+            )
+        if not rows:
+            raise ValueError(f"{field}: no audio files in {root}")
+        return Listing(rows=rows)
 
 
 def _undivided(found: Listing) -> Listing:
     """Leave it to the shares what is held out where shards know of no split but train."""
-    if {row["split"] for row in found.rows} <= {"train", None}:
-        return dataclasses.replace(found, rows=[row | {"split": None} for row in found.rows])
+    if {row["split"] for row in found.rows if "block" in row} <= {"train", None}:
+        rows = [row | {"split": None} if "block" in row else row for row in found.rows]
+        return dataclasses.replace(found, rows=rows)
     return found
-
-
-def _row(clip: str, path: Path, label: str | None, split: str | None) -> dict:
-    return {"id": clip, "path": path, "label": label, "speaker": None, "split": split}

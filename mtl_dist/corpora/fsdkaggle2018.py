@@ -18,7 +18,7 @@ from mtl_dist.corpora.base import (
     require_label,
     stratified_share,
 )
-from mtl_dist.corpora.sharded import InShards
+from mtl_dist.corpora.sharded import FromSources
 from mtl_dist.corpora.synthetic import resolve_root
 
 META = "FSDKaggle2018.meta"
@@ -27,7 +27,7 @@ TABLES = {"train": "train_post_competition.csv", "test": "test_post_competition_
 
 @register_corpus("fsdkaggle2018")
 @dataclasses.dataclass(kw_only=True)
-class FSDKaggle2018(InShards):
+class FSDKaggle2018(FromSources):
     """FSDKaggle2018, labelled: 9,473 training and 1,600 test clips, 41 classes."""
 
     root: str | None = None
@@ -57,17 +57,18 @@ class FSDKaggle2018(InShards):
 
     def listing(self, name: str) -> Listing:
         """List the clips in the published splits, train and test. Raises ValueError as `load` does."""
-        found = self.from_shards(name, "fsdkaggle2018")
-        if found is not None:
-            return _with_classes(found, name)
-        root = resolve_root(self.root, name, "FSDKaggle2018")
-        train, missing_train, classes = _read_table(root, "train", None, name)
+        return _with_classes(self.from_sources(name, "fsdkaggle2018"), name)
+
+    def published(self, name: str, root: str | None, field: str) -> Listing:
+        """List the clips of a folder as published. Raises ValueError as `load` does."""
+        root = resolve_root(root, name, "FSDKaggle2018")
+        train, missing_train, classes = _read_table(root, "train", None, field)
         if alike(classes):
             raise ValueError(
                 f"{root / META / TABLES['train']}: the labels {alike(classes)} differ in case or spaces only; write "
                 "them alike"
             )
-        test, missing_test, _ = _read_table(root, "test", classes, name)
+        test, missing_test, _ = _read_table(root, "test", classes, field)
         rows = [
             {
                 "id": fname,
@@ -84,7 +85,7 @@ class FSDKaggle2018(InShards):
 
 
 def _with_classes(found: Listing, name: str) -> Listing:
-    """Check splits and labels of clips in shards; the classes are those of the training clips."""
+    """Check splits and labels; the classes are those of a folder, or of the training clips where nothing states them."""
     for row in found.rows:
         if row["split"] not in ("train", "test") or not row["label"]:
             raise ValueError(
@@ -98,11 +99,10 @@ def _with_classes(found: Listing, name: str) -> Listing:
 
 
 def _read_table(
-    root: Path, part: str, classes: list[str] | None, name: str
+    root: Path, part: str, classes: list[str] | None, field: str
 ) -> tuple[dict[str, str], list[str], list[str]]:
     """Return {file name: label} of the rows whose file is there, the paths of the others, and all labels."""
     remedy = "unpack the Zenodo archives (record 2552860) side by side there"
-    field = f"corpora.{name}.root"
     folder = require_folder(root / f"FSDKaggle2018.audio_{part}", field, remedy)
     table = require_folder(root / META, field, remedy) / TABLES[part]
     if not table.is_file():

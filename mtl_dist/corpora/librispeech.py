@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import math
+import re
 from pathlib import Path
 
 import soundfile
@@ -14,20 +15,23 @@ from mtl_dist.corpora.base import (
     require_folder,
     shuffled,
 )
-from mtl_dist.corpora.sharded import InShards
+from mtl_dist.corpora.sharded import FromSources
 from mtl_dist.corpora.synthetic import resolve_root
 from mtl_dist.streams.shards import Shards
+
+UTTERANCE = re.compile(r"(?:.*/)?(\d+)-\d+-\d+(?:\.\w+)?")
+"""Ids that begin with the speaker."""
 
 
 @register_corpus("librispeech")
 @dataclasses.dataclass(kw_only=True)
-class LibriSpeech(InShards):
+class LibriSpeech(FromSources):
     """LibriSpeech, unlabelled: read English speech."""
 
     root: str | None = None
     """Folder named LibriSpeech, with one folder per split, or a prepared one; `synthetic` makes a small stand-in."""
     splits: list[str] = dataclasses.field(default_factory=lambda: ["train-clean-100"])
-    """Splits to train on, by folder name, such as [train-clean-100, train-other-500]."""
+    """Splits to train on, by folder name, such as [train-clean-100, train-other-500]; of folders, published or prepared."""
     hours: float | None = None
     """Train on so many hours: the same utterances for the same data.split_seed; null for all."""
     heldout_share: float = 0.02
@@ -60,12 +64,17 @@ class LibriSpeech(InShards):
 
     def listing(self, name: str) -> Listing:
         """List the utterances of the chosen splits, by the names of their folders. Raises ValueError as `load` does."""
-        sharded = self.from_shards(name, "librispeech", self.splits)
-        if sharded is not None:
-            return sharded
+        found = self.from_sources(name, "librispeech", self.splits)
+        for row in found.rows:
+            if row["speaker"] is None and (match := UTTERANCE.fullmatch(row["id"])):
+                row["speaker"] = match[1]
+        return found
+
+    def published(self, name: str, root: str | None, field: str) -> Listing:
+        """List the utterances of the chosen splits of a folder as published. Raises ValueError as `load` does."""
         root = require_folder(
-            resolve_root(self.root, name, "LibriSpeech"),
-            f"corpora.{name}.root",
+            resolve_root(root, name, "LibriSpeech"),
+            field,
             "point it at the folder LibriSpeech of the unpacked archives",
         )
         rows = []
@@ -115,10 +124,10 @@ def _subset(
     Shards that do not say how long their clips are have to be read: those of one block then follow each other.
     """
     taken, seconds, block = [], 0.0, (-1, [])
-    if shards is not None and rows[order[0]]["seconds"] is None:
-        blocks = list(dict.fromkeys(rows[clip]["block"] for clip in order))
-        order = sorted(order, key=lambda clip: blocks.index(rows[clip]["block"]))
-    for clip in order:
+    turn: dict[object, int] = {}
+    for n, clip in enumerate(order):
+        turn.setdefault(_read_with(clip, rows[clip]), n)
+    for clip in sorted(order, key=lambda clip: turn[_read_with(clip, rows[clip])]):
         if seconds >= hours * 3600:
             return taken
         taken.append(clip)
@@ -126,9 +135,11 @@ def _subset(
         if row.get("seconds") is not None:
             seconds += row["seconds"]
             continue
-        if shards is not None and row["block"] != block[0]:
-            block = row["block"], shards.read(row["block"])
-        audio = io.BytesIO(block[1][row["place"]]["bytes"] or b"") if shards else row["path"]
+        audio = row.get("path")
+        if audio is None:
+            if row["block"] != block[0]:
+                block = row["block"], shards.read(row["block"])
+            audio = io.BytesIO(block[1][row["place"]]["bytes"] or b"")
         try:
             seconds += soundfile.info(audio).duration
         except soundfile.LibsndfileError:
@@ -139,3 +150,9 @@ def _subset(
             "add a split, or set null to take all"
         )
     return taken
+
+
+def _read_with(clip: str, row: dict) -> object:
+    """Return the block that has to be read for a clip's duration, or the clip where it is by itself."""
+    alone = row.get("path") is not None or row.get("seconds") is not None
+    return clip if alone else row["block"]

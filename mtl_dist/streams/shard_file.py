@@ -1,76 +1,75 @@
-"""A Parquet file with its footer: what a rank sends to the others so that they need not ask for it."""
+"""What a file of blocks is to those who read them: streams/parquet_file.py and streams/tar_file.py are the two kinds.
 
+A file is what a rank sends to the others, with its footer or index, so that they need not ask for it.
+"""
+
+import abc
 import dataclasses
-import functools
-import hashlib
-import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from mtl_dist.streams.columns import check_columns
-from mtl_dist.streams.fetch import read_tail
-from mtl_dist.streams.parquet import (
-    TAIL_BYTES,
-    chunk_range,
-    footer_bytes,
-    joined,
-    leaves,
-    parse_footer,
-)
-from mtl_dist.streams.retry import HopelessError, Remote
 from mtl_dist.streams.sources import HUB_URL, Source
 
-FOOTERS = 32
-"""Files of which a process keeps the parsed footer."""
+Result = TypeVar("Result")
+Ask = Callable[[Callable[[], Result]], Result]
+"""Makes attempts until one works, and names corpus and file when none does: streams/retry.py's `persist`."""
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
-class ShardFile:
-    """A file of a source (its number), with its footer."""
+class ShardFile(abc.ABC):
+    """A file of a source (its number): blocks of rows, each in ranges of bytes of its own. Small and picklable.
+
+    A range is (first byte, byte after the last); `parts` is {first byte: bytes} of ranges that were asked for.
+    """
 
     path: str
     source: int
     size: int
-    footer: bytes
-    """Compressed."""
     digest: str
-
-    @functools.lru_cache(maxsize=FOOTERS)  # noqa: B019  bounded, and files live as long as their process
-    def meta(self) -> pq.FileMetaData:
-        """Return the parsed footer."""
-        return parse_footer(zlib.decompress(self.footer))
+    """Of the footer or index; another digest means that the clips may not be the same."""
 
     def shown(self) -> str:
         """Return the path for messages: of a Hub file without the commit."""
         match = HUB_URL.fullmatch(self.path)
         return f"{match['repo']}/{match['path']}" if match else self.path
 
-    def ranges(self, groups: Iterable[int], columns: list[str]) -> list[tuple[int, int]]:
-        """Return where the bytes of these row groups' columns begin and end, and nothing but them."""
-        numbers = leaves(self.meta(), columns)
-        return joined(chunk_range(self.meta(), group, leaf) for group in groups for leaf in numbers)
+    @abc.abstractmethod
+    def rows(self) -> list[int]:
+        """Return how many rows each block has."""
 
+    @abc.abstractmethod
+    def block_name(self, block: int) -> str:
+        """Return what to call a block in messages."""
 
-def load_file(path: str, number: int, source: Source, remote: Remote) -> ShardFile:
-    """Read the footer of a file of source `number`, one attempt: one request, two where it is longer than TAIL_BYTES.
+    @abc.abstractmethod
+    def audio_ranges(self, block: int, source: Source) -> list[tuple[int, int]]:
+        """Return where the audio of a block lies; next to nothing but it."""
 
-    Raises:
-        TryAgainError, HopelessError: of the transport; or the file is no Parquet, cut short or lacks a column.
-    """
-    tail, size = read_tail(path, TAIL_BYTES, remote)
-    try:
-        needed = footer_bytes(tail)
-        if needed > len(tail):
-            if needed > size:
-                raise ValueError("cut short or damaged: the footer would be longer than the file")
-            tail, _ = read_tail(path, needed, remote)
-        footer = tail[-needed:]
-        check_columns(parse_footer(footer).schema.to_arrow_schema(), source)
-    except (ValueError, OSError, pa.ArrowException) as error:
-        raise HopelessError(str(error)) from error
-    digest = hashlib.blake2b(footer, digest_size=8).hexdigest()
-    return ShardFile(
-        path=path, source=number, size=size, footer=zlib.compress(footer, 1), digest=digest
-    )
+    @abc.abstractmethod
+    def audio(self, block: int, source: Source, parts: dict[int, bytes]) -> list[dict]:
+        """Return {"bytes": bytes or None, "path": str or None} of each row of a block, not decoded.
+
+        Raises OSError or ValueError where the bytes are not what they were when the file was opened.
+        """
+
+    @abc.abstractmethod
+    def listing_ranges(
+        self, blocks: list[int], source: Source, columns: Iterable[str] | None
+    ) -> list[tuple[int, int]]:
+        """Return where the columns of a listing of these blocks lie, without audio."""
+
+    @abc.abstractmethod
+    def listing(
+        self,
+        blocks: list[int],
+        source: Source,
+        columns: Iterable[str] | None,
+        parts: dict[int, bytes],
+    ) -> pa.Table:
+        """Return the rows of these blocks, without audio: our columns by our names, then others; raises as `audio` does."""
+
+    def named_by_key(self, source: Source) -> bool:
+        """Return whether ids are keys of this file, which may come in another file of the source too."""
+        return False

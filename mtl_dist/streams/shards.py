@@ -1,34 +1,40 @@
-"""Shards of a corpus: the row groups of its Parquet files, each a block that is read at once, by one request.
+"""Shards of a corpus: Parquet files and tars, read in blocks (row groups, runs of samples), each by one request.
 
 `datasets` finds the files of a data set (configurations, splits, the commit). The blocks are not read through its
 streaming: that opens the file and parses its whole footer for every block (15 ms a block of files of 288 blocks, 0.9 ms
 here), asks the server again for what is known, and retries in three layers whose waits multiply (20 times 60 s and more).
 Here one rank lists and reads the footers, and sends the object to the others: they never ask for a list or a footer.
-Memory: the footers, compressed (110 bytes a block of 8 columns), and those of 32 files parsed.
-Tested by tests/test_shards.py and tests/test_hub.py.
+Memory: the footers, compressed (110 bytes a block of 8 columns; a tar's index: about 20 bytes a sample), and those of 32
+files parsed. Tested by tests/test_shards.py, tests/test_hub.py and tests/test_tars.py.
 """
 
+import contextlib
 import functools
 import hashlib
+import logging
 import os
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mtl_dist.streams.block_cache import BlockCache
-from mtl_dist.streams.columns import listed_columns, with_our_names
 from mtl_dist.streams.fetch import list_files, read_range
-from mtl_dist.streams.parquet import Window
+from mtl_dist.streams.parquet_file import load_parquet
 from mtl_dist.streams.retry import HopelessError, Remote, ShardError, persist, speaker
-from mtl_dist.streams.shard_file import ShardFile, load_file
-from mtl_dist.streams.sources import Source
+from mtl_dist.streams.shard_file import ShardFile
+from mtl_dist.streams.sources import Source, index_of
+from mtl_dist.streams.tar_file import load_tar
+
+log = logging.getLogger("mtl_dist")
 
 THREADS = 16
 """Requests at a time while footers and listings are read."""
+SAY_EVERY_SECONDS = 10.0
+"""How often the log says how far this is."""
 
 
 class Shards:
@@ -52,10 +58,9 @@ class Shards:
         self._files = files
         places, rows = [], []
         for number, file in enumerate(files):
-            meta = file.meta()
-            for group in range(meta.num_row_groups):
-                if count := meta.row_group(group).num_rows:
-                    places.append((number, group))
+            for block, count in enumerate(file.rows()):
+                if count:
+                    places.append((number, block))
                     rows.append(count)
         self.files = [files[number].path for number, _ in places]
         self._places = np.array(places, np.int64).reshape(-1, 2)
@@ -70,7 +75,7 @@ class Shards:
         remote: Remote | None = None,
         rank: int | None = 0,
     ) -> "Shards":
-        """List the files and read their footers: on one rank, which sends the object to the others.
+        """List the files and read their footers or indices: on one rank, which sends the object to the others.
 
         Raises:
             ShardError: a source is not there or has no rows, or a file is cut short or lacks a column.
@@ -85,16 +90,8 @@ class Shards:
         for number, source in enumerate(sources):
             what = f"corpus {corpus}, source {source.path}"
             paths = persist(functools.partial(list_files, source, remote), remote, rank, what)
-            found = _in_threads(
-                lambda path, number=number, source=source: persist(
-                    lambda: load_file(path, number, source, remote),
-                    remote,
-                    rank,
-                    f"corpus {corpus}, {path}",
-                ),
-                paths,
-            )
-            if not sum(file.meta().num_rows for file in found):
+            found = _load(paths, number, source, remote, rank, what)
+            if not sum(sum(file.rows()) for file in found):
                 raise ShardError(f"{what}: there are no rows in its {len(found)} files")
             files += found
         shards = cls(corpus, sources, files, remote)
@@ -104,30 +101,32 @@ class Shards:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def weights(self) -> list[float] | None:
-        """Return the weight of each source, or None if they have none."""
-        weights = [source.weight for source in self.sources]
-        return None if None in weights else weights
-
     def name(self, block: int) -> str:
-        """Return file and row group of a block, for messages."""
-        number, group = self._places[block]
-        return f"{self._files[number].shown()}, row group {group}"
+        """Return file and row group, or samples, of a block, for messages."""
+        number, place = self._places[block].tolist()
+        return f"{self._files[number].shown()}, {self._files[number].block_name(place)}"
 
     def fingerprint(self) -> dict[str, str]:
-        """Return {"source 0: FILE": size and digest of its footer}, FILE below the folder that a source's files share.
+        """Return {"source 0: FILE": size and digest of its footer or index}, FILE as `_names` has it.
 
         So it stays the same when the files are copied to another place, at another time.
         """
-        found = {}
-        for number in range(len(self.sources)):
-            files = [file for file in self._files if file.source == number]
-            paths = [PurePosixPath(file.shown()) for file in files]
-            shared = os.path.commonpath([path.parent for path in paths])
-            for file, path in zip(files, paths, strict=True):
-                name = f"source {number}: {path.relative_to(shared)}"
-                found[name] = f"{file.size}-{file.digest}"
-        return found
+        return {
+            f"source {file.source}: {name}": f"{file.size}-{file.digest}"
+            for file, name in zip(self._files, self._names(), strict=True)
+        }
+
+    def _names(self) -> list[str]:
+        """Return for each file its path below the folder that the files of its source share."""
+        paths = [PurePosixPath(file.shown()) for file in self._files]
+        parents: dict[int, list[PurePosixPath]] = {}
+        for file, path in zip(self._files, paths, strict=True):
+            parents.setdefault(file.source, []).append(path.parent)
+        shared = {number: os.path.commonpath(found) for number, found in parents.items()}
+        return [
+            str(path.relative_to(shared[file.source]))
+            for file, path in zip(self._files, paths, strict=True)
+        ]
 
     def refuse_changes(self, saved: dict[str, str]) -> None:
         """Compare with a fingerprint of earlier. Raises ShardError naming the first file that is not the same."""
@@ -145,57 +144,66 @@ class Shards:
 
         One request. Raises ShardError naming rank, corpus, file, row group and the reason.
         """
-        number, group = self._places[block].tolist()
-        file = self._files[number]
-        audio = [self.sources[file.source].column("audio")]
+        number, place = self._places[block].tolist()
+        file, what = self._files[number], self.name(block)
+        source = self.sources[file.source]
         parts = {
-            start: self._block_bytes(file, start, end, self.name(block))
-            for start, end in file.ranges([group], audio)
+            start: self._block_bytes(file, start, end, what)
+            for start, end in file.audio_ranges(place, source)
         }
-        values = self._decode(file, [group], audio, parts, self.name(block)).column(0).to_pylist()
-        if values and all(isinstance(value, bytes | None) for value in values):
-            values = [{"bytes": value} for value in values]
-        return [
-            {"bytes": (value or {}).get("bytes"), "path": (value or {}).get("path")}
-            for value in values
-        ]
+        with self._undamaged(what):
+            return file.audio(place, source, parts)
 
     def listing(self, columns: Iterable[str] | None = None) -> pa.Table:
         """Return all rows in the order of blocks, without audio: our columns by our names, then the others.
 
         Columns `block` and `place` (row within the block) are added, int64. `columns` limits the others to these of
-        the data set's names. Only the bytes of the columns are read.
+        the data set's names; of tars there are none. Only the bytes of the columns are read.
 
         Raises:
             ShardError: as `read` does, and where a column has another type in another file.
         """
-        wanted = [
-            listed_columns(file.meta().schema.to_arrow_schema(), self.sources[file.source], columns)
-            for file in self._files
-        ]
-        groups = [
+        blocks = [
             self._places[self._places[:, 0] == n, 1].tolist() for n in range(len(self._files))
         ]
         spans = [
             (number, *span)
             for number, file in enumerate(self._files)
-            for span in file.ranges(groups[number], wanted[number])
+            for span in file.listing_ranges(blocks[number], self.sources[file.source], columns)
         ]
         fetched = _in_threads(
             lambda span: self._fetch(self._files[span[0]], *span[1:], self._files[span[0]].shown()),
             spans,
+            f"corpus {self.corpus}: listings",
         )
         parts: list[dict[int, bytes]] = [{} for _ in self._files]
         for (number, start, _), data in zip(spans, fetched, strict=True):
             parts[number][start] = data
         tables = []
         for number, file in enumerate(self._files):
-            table = self._decode(file, groups[number], wanted[number], parts[number], file.shown())
-            tables.append(with_our_names(table, self.sources[file.source]))
+            source = self.sources[file.source]
+            with self._undamaged(file.shown()):
+                tables.append(file.listing(blocks[number], source, columns, parts[number]))
+        self._tell_keys_apart(tables)
         table = self._joined(tables)
         place = np.concatenate([np.arange(count) for count in self.rows])
         table = table.append_column("block", pa.array(np.repeat(np.arange(len(self)), self.rows)))
         return table.append_column("place", pa.array(place))
+
+    def _tell_keys_apart(self, tables: list[pa.Table]) -> None:
+        """Put each tar's name before its keys, where keys of one source come in several of its tars."""
+        names = [name.removesuffix(".tar") for name in self._names()]
+        for number, source in enumerate(self.sources):
+            own = [
+                n
+                for n, f in enumerate(self._files)
+                if f.source == number and f.named_by_key(source)
+            ]
+            keys = [set(tables[n]["id"].to_pylist()) for n in own]
+            if sum(map(len, keys)) > len(set().union(*keys)):
+                for n in own:
+                    ids = pa.array([f"{names[n]}/{key}" for key in tables[n]["id"].to_pylist()])
+                    tables[n] = tables[n].set_column(0, "id", ids)
 
     def _joined(self, tables: list[pa.Table]) -> pa.Table:
         schema = tables[0].schema
@@ -231,21 +239,41 @@ class Shards:
             self.cache.put(key, data)
         return data
 
-    def _decode(
-        self, file: ShardFile, groups: list[int], columns: list[str], parts: dict, what: str
-    ) -> pa.Table:
+    @contextlib.contextmanager
+    def _undamaged(self, what: str) -> Iterator[None]:
+        """Raise ShardError where bytes turn out not to be what they were when the file was opened."""
         try:
-            # Without pre_buffer, which would join ranges across bytes that were not fetched.
-            window = Window(parts, file.size)
-            reader = pq.ParquetFile(window, metadata=file.meta(), pre_buffer=False)
-            return reader.read_row_groups(groups, columns=columns, use_threads=False)
-        except (pa.ArrowException, OSError) as error:
+            yield
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise ShardError(
                 f"{speaker(self.rank)}, corpus {self.corpus}, {what}: its bytes are damaged, or the file was changed in "
                 f"place ({error}); write or fetch it again and start again"
             ) from error
 
 
-def _in_threads(action, items: Sequence) -> list:
+def _load(
+    paths: list[str], number: int, source: Source, remote: Remote, rank: int | None, what: str
+) -> list[ShardFile]:
+    """Read the footers or indices of the files of a source."""
+
+    def load(path: str) -> ShardFile:
+        ask = functools.partial(
+            persist, remote=remote, rank=rank, what=f"{what.partition(',')[0]}, {path}"
+        )
+        if path.endswith(".tar"):
+            return load_tar(path, number, source, remote, ask, indexed=index_of(path) in paths)
+        return load_parquet(path, number, source, remote, ask)
+
+    return _in_threads(load, [path for path in paths if not path.endswith(".idx")], what)
+
+
+def _in_threads(action, items: Sequence, what: str) -> list:
+    """Do it with every item, THREADS at a time; the log says how far this is where it takes long."""
+    done, said = [], time.monotonic()
     with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(action, items))
+        for result in pool.map(action, items):
+            done.append(result)
+            if time.monotonic() - said > SAY_EVERY_SECONDS:
+                log.info("%s: %d of %d files read", what, len(done), len(items))
+                said = time.monotonic()
+    return done

@@ -1,7 +1,8 @@
-"""Where the shards of a corpus lie, by one notation: a Hub id, Parquet files, a glob or a folder, local or by URL.
+"""Where a corpus lies, by one notation: a Hub id, Parquet or tars, a folder as published, a CSV manifest.
 
-A source becomes a sorted list of files: absolute local paths, hf://datasets/ID@COMMIT/PATH (pinned, so that a commit
-during the run changes nothing), or URLs of any other fsspec file system. Tested by tests/test_shards.py, test_hub.py.
+A source of shards becomes a sorted list of files: absolute local paths, hf://datasets/ID@COMMIT/PATH (pinned, so that a
+commit during the run changes nothing), or URLs of any other fsspec file system. What a folder as published or a manifest
+holds is listed by the corpus (corpora/sharded.py). Tested by tests/test_shards.py, test_hub.py, test_tars.py.
 """
 
 import dataclasses
@@ -20,6 +21,13 @@ HUB_URL = re.compile(
     r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?:/(?P<path>.*))?"
 )
 GLOB = re.compile(r"[*?\[]")
+BRACES = re.compile(r"\{([^{}]*)\}")
+SHARDS = (".parquet", ".tar")
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
+AUDIO_SUFFIXES = frozenset(
+    ".wav .wave .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .snd .caf .w64 .rf64".split()
+)
+"""What is audio in a folder or a tar; a manifest may name anything that libsndfile reads."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -27,8 +35,10 @@ class Source:
     """One place that a corpus comes from."""
 
     path: str
-    """A data set of the Hub, such as openslr/librispeech_asr; or Parquet: a file, a glob (data/*.parquet) or a folder,
-    local or of any fsspec URL (s3://, gs://, hf://datasets/, memory://). What exists locally is taken for local."""
+    """A data set of the Hub, such as openslr/librispeech_asr. Parquet, or tars as WebDataset writes them: a file, a glob
+    (data/*.parquet), braces (tars/train-{00000..00007}.tar) or a folder, local or of any fsspec URL (s3://, gs://,
+    hf://datasets/, memory://). A folder that `root` would take, as published or prepared. A CSV manifest with the column
+    path, and optionally label, split, speaker and seconds. What exists locally is taken for local."""
     config: str | None = None
     """Configuration of a Hub data set, such as clean."""
     split: str | None = None
@@ -39,7 +49,8 @@ class Source:
     """Share of the corpus' clips that come from this source, as against the weights of its other sources; all of them have
     one, or none. Without, every clip comes once an epoch; with, each source has epochs of its own."""
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Our names (audio, id, label, speaker, seconds) to the data set's, where they differ: {speaker: speaker_id}."""
+    """Our names (audio, id, label, speaker, seconds) to the data set's, where they differ: {speaker: speaker_id}. In tars,
+    a column is an extension (flac, cls), the field of a JSON member (json.speaker_id) or __key__."""
 
     def __post_init__(self):
         if self.weight is not None and not 0 < self.weight < math.inf:
@@ -56,31 +67,47 @@ class Source:
         return self.columns.get(name, name)
 
     def list_files(self) -> list[str]:
-        """List the Parquet files, sorted; by the Hub's own rules where it is a data set of the Hub or has a split.
+        """List the Parquet files or tars, sorted; by the Hub's own rules where it is a data set of the Hub or has a split.
+
+        After tars come the index files that NVIDIA DALI's wds2idx wrote beside them.
 
         Raises:
-            FileNotFoundError, ValueError: nothing there, no such configuration or split, or no Parquet.
+            FileNotFoundError, ValueError: nothing there, no such configuration or split, or neither Parquet nor tars.
             Whatever the file system's transport raises.
         """
-        if self.config or self.split or self._on_hub():
+        if self.config or self.split or self.on_hub():
             files = self._files_of_data_set()
         else:
-            files = _files_of_path(self.path)
-        others = [file for file in files if not file.endswith(".parquet")]
-        if others:
-            raise ValueError(
-                f"{others[0]} is not Parquet; write your audio to Parquet with `mtl-dist prepare`, or, for a data set "
-                "of the Hub, try revision: refs/convert/parquet"
+            files = sorted(
+                file for path in expand_braces(self.path) for file in _files_of_path(path)
             )
-        return _pinned(files)
+        for file in files:
+            if file.endswith(COMPRESSED):
+                raise ValueError(
+                    f"{file} is compressed, so nothing in it can be found without reading all before it; unpack it to a "
+                    "plain .tar (gunzip, unxz, unzstd)"
+                )
+            if not file.endswith(SHARDS):
+                raise ValueError(
+                    f"{file} is not Parquet, nor a tar; write your audio to Parquet with `mtl-dist prepare`, or, for a "
+                    "data set of the Hub, try revision: refs/convert/parquet"
+                )
+        tars = [file for file in files if file.endswith(".tar")]
+        if 0 < len(tars) < len(files):
+            raise ValueError(
+                f"there are both Parquet files and tars in {self.path}; name each by a source of its own, such as "
+                f"{self.path}/*.tar"
+            )
+        return _pinned([*files, *_indices_beside(tars)])
 
-    def _on_hub(self) -> bool:
+    def on_hub(self) -> bool:
+        """Return whether the path is a data set's name on the Hub."""
         return bool(HUB_ID.fullmatch(self.path)) and not (
-            Path(self.path).exists() or self.path.endswith(".parquet")
+            Path(self.path).exists() or self.path.endswith((*SHARDS, *COMPRESSED, ".csv"))
         )
 
     def _files_of_data_set(self) -> list[str]:
-        path = self.path if self._on_hub() else str(Path(self.path).expanduser())
+        path = self.path if self.on_hub() else str(Path(self.path).expanduser())
         builder = datasets.load_dataset_builder(path, self.config, revision=self.revision)
         files = builder.config.data_files
         split = self.split or (next(iter(files)) if len(files) == 1 else None)
@@ -89,21 +116,55 @@ class Source:
         return sorted(files[split])
 
 
+def expand_braces(path: str) -> list[str]:
+    """Return what a shell makes of {00..12} and {a,b}: a path for each number or word; 00 keeps its zeros."""
+    match = BRACES.search(path)
+    if match is None:
+        return [path]
+    words = match[1].split(",")
+    if span := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
+        width = max(map(len, span.groups())) if "0" in (span[1][0], span[2][0]) else 0
+        first, last = sorted(map(int, span.groups()))
+        words = [f"{number:0{width}d}" for number in range(first, last + 1)]
+    before, after = path[: match.start()], path[match.end() :]
+    return [whole for word in words for whole in expand_braces(f"{before}{word}{after}")]
+
+
 def _files_of_path(path: str) -> list[str]:
     """Files of a local path or URL that is a file, a glob or a folder."""
     system, root = fsspec.url_to_fs(path if "://" in path else str(Path(path).expanduser()))
     if GLOB.search(root):
         found = system.glob(root)
     elif system.isdir(root):
-        found = [file for file in system.find(root) if file.endswith(".parquet")]
+        every = system.find(root)
+        found = [file for file in every if file.endswith(SHARDS)] or [
+            file for file in every if file.endswith(COMPRESSED)
+        ]
     elif system.exists(root):
         found = [root]
     else:
         raise FileNotFoundError(f"{path} does not exist")
     if not found:
-        raise FileNotFoundError(f"there is no Parquet file in {path}")
+        raise FileNotFoundError(f"there is no Parquet file in {path}, and no tar")
     local = "file" in _protocols(system)
-    return sorted(file if local else system.unstrip_protocol(file) for file in found)
+    return [file if local else system.unstrip_protocol(file) for file in found]
+
+
+def index_of(tar: str) -> str:
+    """Return where NVIDIA DALI's wds2idx writes the index of a tar: beside it, named up to the first dot."""
+    folder, slash, name = tar.rpartition("/")
+    return f"{folder}{slash}{name.partition('.')[0]}.idx"
+
+
+def _indices_beside(tars: list[str]) -> list[str]:
+    """List the index files of tars, by one request a folder; a web server lists no folders."""
+    there = set()
+    for folder in sorted({tar.rpartition("/")[0] for tar in tars}):
+        if not folder.startswith(("http://", "https://")):
+            system, root = fsspec.url_to_fs(folder)
+            names = [name.rpartition("/")[2] for name in system.ls(root, detail=False)]
+            there |= {f"{folder}/{name}" for name in names if name.endswith(".idx")}
+    return sorted({index_of(tar) for tar in tars} & there)
 
 
 def _protocols(system: fsspec.AbstractFileSystem) -> tuple[str, ...]:

@@ -12,10 +12,14 @@ from mtl_dist.streams.shards import Shards
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows as corpora/base.py has them, and {corpus: where its blocks are read} for those without a file of their own."""
+    """Rows as corpora/base.py has them, and {corpus: where its blocks are read} for those without a file of their own.
+
+    `weights` is {corpus: weight of each of its sources} of those that have weights.
+    """
 
     rows: datasets.Dataset
     shards: Mapping[str, Shards] = dataclasses.field(default_factory=dict)
+    weights: Mapping[str, list[float]] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -44,16 +48,16 @@ class Table:
         Raises:
             ValueError: a source would not get one clip a round.
         """
-        weighted = {c: s for c, s in self.shards.items() if s.weights() is not None}
         corpus = np.asarray(self.rows["corpus"][:])
-        groups = [(np.flatnonzero(~np.isin(corpus, list(weighted))), "the other corpora")]
-        shares = [len(groups[0][0])]
-        for name, shards in weighted.items():
-            rows = np.flatnonzero(corpus == name)
-            source = shards.source[np.asarray(self.rows.select(rows)["block"][:])]
-            for number, weight in enumerate(shards.weights()):
-                groups.append((rows[source == number], f"corpora.{name}.sources[{number}]"))
-                shares.append(len(rows) * weight / sum(shards.weights()))
+        source = np.asarray(self.rows["source"][:])
+        others = ~np.isin(corpus, list(self.weights))
+        groups, shares = [(np.flatnonzero(others), "the other corpora")], [others.sum()]
+        for name, weights in self.weights.items():
+            count = (corpus == name).sum()
+            for number, weight in enumerate(weights):
+                rows = np.flatnonzero((corpus == name) & (source == number))
+                groups.append((rows, f"corpora.{name}.sources[{number}]"))
+                shares.append(count * weight / sum(weights))
         ideal = places * np.array(shares) / sum(shares)
         counts = np.floor(ideal).astype(int)
         for number in np.argsort(counts - ideal, kind="stable")[: places - counts.sum()]:

@@ -1,0 +1,143 @@
+"""Where the members of a tar lie: from its headers or from an index that NVIDIA DALI's wds2idx wrote; never the audio.
+
+Names are read as WebDataset reads them: a/b.left.flac is the column left.flac of the sample a/b.
+"""
+
+import io
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+HEADER = tarfile.BLOCKSIZE
+FIRST_PIECE, LARGEST_PIECE = 16_384, 1 << 20
+"""Bytes of a request while headers are read: from the first on, doubled while they lie close to each other."""
+NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")
+ENTRY = re.compile(r"(\S*) (\d+) (\d+) (.+?)(?:$| (?=\S* \d+ \d+ \S))")
+
+
+class Member(NamedTuple):
+    """A file in a tar: where its bytes lie."""
+
+    name: str
+    offset: int
+    size: int
+
+    def key_and_column(self) -> tuple[str, str] | None:
+        """Return the sample and the column, in small letters; None for what is hidden or has no extension."""
+        match = NAME.fullmatch(self.name)
+        if match is None or match[1].rpartition("/")[2].startswith("__"):
+            return None
+        return match[1], match[2].lower()
+
+
+class RangeFile(io.RawIOBase):
+    """A file of `size` bytes, read by fetch(first, end): a piece at a time, larger ones where reading goes straight on."""
+
+    def __init__(self, fetch: Callable[[int, int], bytes], size: int, largest_piece: int):
+        self.fetch, self.size, self.largest_piece = fetch, size, largest_piece
+        self.position, self.start, self.data, self.piece = 0, 0, b"", FIRST_PIECE
+
+    def readable(self) -> bool:
+        """Say that it can be read."""
+        return True
+
+    def seekable(self) -> bool:
+        """Say that it can be read in any order."""
+        return True
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self.position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move the position."""
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
+        self.position = origin + offset
+        return self.position
+
+    def read(self, count: int = -1) -> bytes:
+        """Return `count` bytes, or those up to the end."""
+        first = self.position
+        end = self.size if count < 0 else min(self.size, first + count)
+        if end <= first:
+            return b""
+        have = self.start + len(self.data)
+        if not self.start <= first <= end <= have:
+            close = self.start <= first <= have + self.piece
+            self.piece = min(self.largest_piece, 2 * self.piece) if close else FIRST_PIECE
+            self.data = self.fetch(first, min(self.size, max(end, first + self.piece)))
+            self.start = first
+        self.position = end
+        return bytes(self.data[first - self.start : end - self.start])
+
+
+def read_headers(file: RangeFile, start: int = 0) -> Iterator[Member]:
+    """Yield the files of a tar from byte `start` on, in order; the position of `file` may be moved in between.
+
+    Raises:
+        ValueError: not a tar, cut short, or a damaged header.
+    """
+    file.seek(start)
+    name = None
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for info in tar:
+                name = info.name
+                if info.isreg():
+                    yield Member(info.name, info.offset_data, info.size)
+                tar.members.clear()  # it would keep them all
+            end = tar.offset
+    except tarfile.TarError as error:
+        after = "" if name is None else f" at or after member {name}"
+        raise ValueError(
+            f"not a tar, cut short or damaged{after} ({error}); write or fetch it again"
+        ) from error
+    file.seek(end)  # where tarfile is silent about a header that is cut short, damaged or not there
+    if file.read(HEADER) != bytes(HEADER):
+        after = "" if name is None else f" after member {name}"
+        raise ValueError(f"cut short or damaged{after}: it does not end as a tar; fetch it again")
+
+
+def check_header(header: bytes, member: Member) -> None:
+    """Raise ValueError unless these bytes, which lie before a member's, are the header of one of its size."""
+    try:
+        size = tarfile.TarInfo.frombuf(bytes(header), "utf-8", "surrogateescape").size
+    except tarfile.TarError as error:
+        raise ValueError(f"no header lies before member {member.name} ({error})") from error
+    if size != member.size:
+        raise ValueError(f"member {member.name} has {size} bytes, and should have {member.size}")
+
+
+def read_index(name: str, text: str, file: RangeFile) -> list[Member]:
+    """Return the members that an index of version 1.2 names, checked against the end of the tar.
+
+    Raises:
+        ValueError: another version, a line that is cut or damaged, or an index of another tar.
+    """
+    try:
+        members = sorted(_parsed(text), key=lambda member: member.offset)
+        if members:
+            file.seek(members[-1].offset - HEADER)
+            check_header(file.read(HEADER), members[-1])
+        end = sum(members[-1][1:]) if members else 0
+        for member in read_headers(file, -(-end // HEADER) * HEADER):
+            if member.key_and_column():
+                raise ValueError(f"it lacks member {member.name}")
+        return members
+    except ValueError as error:
+        raise ValueError(
+            f"its index {name} does not fit ({error}); fetch both again, or write the index anew with wds2idx, or remove it"
+        ) from error
+
+
+def _parsed(text: str) -> Iterator[Member]:
+    head, _, body = text.partition("\n")
+    lines = body.splitlines()
+    if head != f"v1.2 {len(lines)}":
+        raise ValueError(f"it begins with {head[:40]!r} and lists {len(lines)} samples")
+    for number, line in enumerate(lines, start=2):
+        found = list(ENTRY.finditer(line))
+        if not found or sum(len(entry[0]) for entry in found) != len(line):
+            raise ValueError(f"line {number} is not: extension offset size name ...")
+        yield from (Member(entry[4], int(entry[2]), int(entry[3])) for entry in found)
