@@ -103,7 +103,7 @@ def _watch() -> None:
                 so_far = now - wait.since
                 wait.next_note = wait.since + 2 * so_far
                 attempt = f", attempt {wait.attempt}" if wait.attempt else ""
-                log.warning("%s: waiting for data for %.0f s%s", wait.what, so_far, attempt)
+                log.warning("%s: waiting for data for %.1f s%s", wait.what, so_far, attempt)
 
 
 def _forget_threads() -> None:
