@@ -28,6 +28,7 @@ from mtl_dist.planning import add_plan
 from mtl_dist.prepare import add_prepare
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.runtime import LaunchError, leave, start
+from mtl_dist.streams.retry import ShardError
 from mtl_dist.tables import format_rows, per_class_rows, results_table
 
 
@@ -150,7 +151,7 @@ def main(words: list[str] | None = None) -> None:
     options, overrides = parser.parse_known_args(words)
     try:
         options.act(options, overrides)
-    except (ConfigError, LaunchError, ValueError, OSError, SafetensorError) as error:
+    except (ConfigError, LaunchError, ShardError, ValueError, OSError, SafetensorError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -11,8 +11,10 @@ from mtl_dist.audio.reading import BadClipError
 from mtl_dist.experiment import Experiment
 from mtl_dist.metrics import Sums
 from mtl_dist.phases import Phases
+from mtl_dist.round import fail_together
 from mtl_dist.runtime import collect
 from mtl_dist.streams.keys import generator
+from mtl_dist.streams.retry import ShardError
 from mtl_dist.streams.rounds import keyed_generators
 from mtl_dist.streams.table import Table
 from mtl_dist.tasks.base import Task, TaskBatch
@@ -112,7 +114,11 @@ def evaluate(
     split: str,
     phases: Phases | None = None,
 ) -> Evaluation:
-    """Evaluate an unwrapped model on every task's clips of a split; all ranks call it and get the same result."""
+    """Evaluate an unwrapped model on every task's clips of a split; all ranks call it and get the same result.
+
+    Raises:
+        ShardError: on all ranks, where one of them cannot read a shard.
+    """
     phases = phases or Phases()
     limit, seed = experiment.config.evaluation.max_clips, experiment.config.data.split_seed
     model.eval()
@@ -127,14 +133,18 @@ def evaluate(
         rows.sort(
             key=block.__getitem__
         )  # each is read once; clips with files of their own stay where they are
-        sums, bad, done = Sums(), [], 0
+        sums, bad, done, failure = Sums(), [], 0, None
         crops = experiment.config.evaluation.crops
-        for batches in evaluation_batches(experiment, task, table, rows, bad, crops):
-            for batch in batches:
-                outputs = forward(accelerator, model, name, batch)
-                sums.add(task.metrics(outputs, batch.to(accelerator.device)))
-            done += 1
+        try:
+            for batches in evaluation_batches(experiment, task, table, rows, bad, crops):
+                for batch in batches:
+                    outputs = forward(accelerator, model, name, batch)
+                    sums.add(task.metrics(outputs, batch.to(accelerator.device)))
+                done += 1
+        except ShardError as error:
+            failure = str(error)
         phases.enter("collective")
+        fail_together(accelerator, failure)
         parts = collect(accelerator, [(sums.sums, done, bad)])
         total = Sums()
         for part, clips, bad_there in parts:

@@ -95,6 +95,7 @@ def build_experiment(config: Config, known: Mapping[str, Corpus] | None = None) 
             for name in config.corpora_heard()
         }
         _check_missing(corpora, config.data.max_bad_share)
+        _check_patience(corpora, config.run.timeout_seconds)
         context = TaskContext(
             corpora=corpora,
             rate=config.data.sample_rate,
@@ -169,6 +170,20 @@ def _check_missing(corpora: dict[str, Corpus], max_bad_share: float) -> None:
                 raise ValueError(
                     f"corpora.{corpus.name}: {len(paths)} of {total} listed files are missing, such as {paths[0]}; "
                     f"complete the corpus, or allow a larger data.max_bad_share (now {max_bad_share})"
+                )
+
+
+def _check_patience(corpora: dict[str, Corpus], timeout: float) -> None:
+    """Let what hangs be named by the rank that waits for it, before the others' collective is over."""
+    for corpus in corpora.values():
+        if corpus.shards is not None:
+            remote = corpus.shards.remote
+            longest = remote.patience_seconds + 2 * remote.timeout_seconds
+            if longest >= timeout:
+                raise ValueError(
+                    f"corpora.{corpus.name}.remote: a fault is borne for {longest:g} s (patience_seconds "
+                    f"{remote.patience_seconds:g} and twice timeout_seconds {remote.timeout_seconds:g}), but after "
+                    f"run.timeout_seconds {timeout:g} the other ranks end the run; lower the former or raise the latter"
                 )
 
 

@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from mtl_dist.config import Config
 from mtl_dist.evaluation import Evaluation
+from mtl_dist.flow import Flow
 from mtl_dist.round import RoundReport
 from mtl_dist.run_folder import RunFolder
-from mtl_dist.streams.rounds import Read
 
 log = logging.getLogger("mtl_dist")
 PLAIN_LINE_SECONDS = 10.0
@@ -52,15 +52,11 @@ class Monitor:
         self.bar_epoch = -1
         self.last_line = 0.0
         self.validated: dict[str, float] = {}
+        self.since, self.flow = time.perf_counter(), Flow()
+        self.of_epoch = Flow()
         self.waited: float | None = None
-        self._reset_rates()
         if first_round == 0:
             self.writer.add_text("configuration", f"```yaml\n{config.text}\n```", 0)
-
-    def _reset_rates(self) -> None:
-        self.since, self.clips, self.audio_seconds = time.perf_counter(), 0.0, 0.0
-        self.rounds_seen, self.ahead = 0, 0.0
-        self.read: dict[str, Read] = {}
 
     def round(
         self,
@@ -70,34 +66,26 @@ class Monitor:
         times: dict[str, float] | None,
     ) -> None:
         """Take note of round `number` (counted from 1); write an entry if there are `times` since the last one."""
-        self.clips += report.clips
-        self.audio_seconds += report.audio_seconds
-        self.rounds_seen += 1
-        self.ahead += report.ahead
-        for corpus, read in report.read.items():
-            self.read[corpus] = self.read.get(corpus, Read()) + read
+        self.flow.note(report)
+        if times is not None:
+            self._entry(number, report, rates, times)
         self._progress(number, report)
-        if times is None:
-            return
-        seconds = max(time.perf_counter() - self.since, 1e-9)
+
+    def _entry(
+        self, number: int, report: RoundReport, rates: dict[str, float], times: dict[str, float]
+    ) -> None:
+        now = time.perf_counter()
+        self.flow.seconds = max(now - self.since, 1e-9)
+        self.flow.waited = times["time/data"] * self.flow.rounds
         scalars = {"loss/total": report.total, "grad_norm": report.grad_norm}
         scalars |= {f"loss/{task}": loss for task, loss in report.losses.items()}
         scalars |= {f"count/{task}": count for task, count in report.counts.items()}
         scalars |= {f"learning_rate/{group}": rate for group, rate in rates.items()}
-        scalars |= {
-            "throughput/clips_per_second": self.clips / seconds,
-            "throughput/audio_seconds_per_second": self.audio_seconds / seconds,
-            "time/seconds_per_round": seconds / self.rounds_seen,
-            "time/data_wait_share": times["time/data"] * self.rounds_seen / seconds,
-        }
-        for corpus, read in self.read.items():
-            scalars[f"stream/{corpus}/clips_per_second"] = read.clips / seconds
-            scalars[f"stream/{corpus}/bytes_per_second"] = read.stored_bytes / seconds
-        scalars["stream/rounds_ahead"] = self.ahead / self.rounds_seen
-        scalars |= times | memory()
+        scalars |= self.flow.scalars() | times | memory()
         self.waited = scalars["time/data_wait_share"]
         self._write("round", number, scalars)
-        self._reset_rates()
+        self.of_epoch.add(self.flow)
+        self.since, self.flow = now, Flow()
 
     def validation(
         self, number: int, result: Evaluation, classes: dict[str, list[str]], best_metric: str
@@ -224,6 +212,10 @@ class Monitor:
             self.last_line = time.monotonic()
             losses = ", ".join(f"{name} {value}" for name, value in shown.items())
             self.say(f"epoch {epoch + 1}, round {number}/{self.rounds}: {losses}")
+        ends = number == self.rounds or int(number / self.per_epoch) > epoch
+        if ends and self.of_epoch.rounds:
+            self.say(f"epoch {epoch + 1}: {self.of_epoch.text()}")
+            self.of_epoch = Flow()
 
 
 def memory() -> dict[str, float]:

@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
+from accelerate import Accelerator
 
 from mtl_dist.engines import Engine
 from mtl_dist.phases import Phases
 from mtl_dist.runtime import collect, sum_over_ranks
+from mtl_dist.streams.retry import ShardError
 from mtl_dist.streams.rounds import MicroBatch, Read, Round
 from mtl_dist.tasks.base import Task, TaskBatch
 
@@ -39,6 +41,14 @@ class RoundReport:
     """"task: clip, clip" for every task whose loss is not finite, or the gradient that is not."""
 
 
+def fail_together(accelerator: Accelerator, failure: str | None) -> None:
+    """Raise ShardError on all ranks where any has a failure, with the first of them; every rank calls it."""
+    failures = collect(accelerator, [failure] if failure else [])
+    if failures:
+        others = f" (and {len(failures) - 1} other ranks have failed, too)" * (len(failures) > 1)
+        raise ShardError(failures[0] + others)
+
+
 def micro_steps(round_: Round, schedule: str) -> list[dict[str, MicroBatch]]:
     """Split a round into forwards: one task each (round_robin), or all tasks together (joint)."""
     accumulation = len(next(iter(round_.micro_batches.values())))
@@ -60,20 +70,26 @@ def run_round(
 ) -> RoundReport:
     """Forward, backward, clip and step; all ranks call it, and skip the step together if a loss is not finite.
 
+    Raises:
+        ShardError: on all ranks, before anything is done, where one of them has no audio for the round.
+
     `stop` is asked at the end of the round whether this rank was told to stop; one that was stops all. `phases` is told
     what this rank is doing.
     """
     names, accelerator = list(tasks), engine.accelerator
     phases = phases or Phases()
     counts = [sum(tasks[n].count(m.batch) for m in round_.micro_batches[n]) for n in names]
-    extra = [round_.clips, round_.audio_seconds, len(round_.bad), round_.ahead]
+    extra = [round_.failure is not None, round_.clips, round_.audio_seconds]
+    extra += [len(round_.bad), round_.ahead]
     extra += [number for read in round_.read.values() for number in read]
     phases.enter("collective")
     facts = sum_over_ranks(
         accelerator, torch.tensor([*counts, *extra], dtype=torch.float64)
     ).tolist()
     count_of = dict(zip(names, facts, strict=False))
-    clips, audio_seconds, bad, ahead, *read = facts[len(names) :]
+    failed, clips, audio_seconds, bad, ahead, *read = facts[len(names) :]
+    if failed:
+        fail_together(accelerator, round_.failure)
 
     phases.enter("forward/backward")
     sums = dict.fromkeys(names, 0.0)

@@ -26,6 +26,7 @@ from mtl_dist.runtime import (
     start,
     world_of,
 )
+from mtl_dist.streams.retry import ShardError
 from mtl_dist.trainer import Trainer, TrainingError
 from mtl_dist.watchdog import Watchdog
 
@@ -50,7 +51,7 @@ def run(words: list[str]) -> int:
         try:
             results = trainer.train()
             trainer.save_status("stopped" if results is None else "finished")
-        except TrainingError:
+        except (TrainingError, ShardError):
             trainer.save_status("failed")
             if not accelerator.is_main_process:
                 sys.exit(1)
@@ -109,3 +110,5 @@ if __name__ == "__main__":
         sys.exit(run(sys.argv[1:]))
     except (ConfigError, LaunchError, TrainingError) as error:
         sys.exit(f"error: {error}")
+    except ShardError as error:
+        sys.exit(f"error: {error}, and go on with --run.resume auto")

@@ -1,6 +1,7 @@
 """The loop: rounds, validation, checkpoints, and when to stop."""
 
 import dataclasses
+import logging
 import signal
 
 from accelerate import Accelerator
@@ -16,8 +17,11 @@ from mtl_dist.round import RoundReport, run_round
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.runtime import StopRequest, precision_asked_for, world_of
 from mtl_dist.stragglers import Stragglers
+from mtl_dist.streams.retry import ShardError
 from mtl_dist.streams.rounds import Rounds
 from mtl_dist.tables import results_table
+
+log = logging.getLogger("mtl_dist")
 
 
 class TrainingError(RuntimeError):
@@ -73,6 +77,7 @@ class Trainer:
 
         Raises:
             TrainingError: too many bad files, or too many rounds in a row with a non-finite loss.
+            ShardError: a shard cannot be read; on all ranks.
         """
         state, train = self.state, self.config.train
         rounds = self._rounds()
@@ -102,19 +107,24 @@ class Trainer:
         return self._finish()
 
     def _one_round(self, rounds) -> RoundReport:
-        """Take the next round from the loader, step, and count it."""
+        """Take the next round from the loader, step, and count it. Where a rank has none, all save and raise ShardError."""
         self.phases.enter("data", self.state.round + 1)
         round_ = next(rounds)
         assert round_.number == self.state.round, "the loader yields the rounds in order"
         rates = set_learning_rates(self.engine.inner_optimizer, self.rates, self.epoch())
-        report = run_round(
-            self.engine,
-            self.experiment.tasks,
-            round_,
-            schedule=self.config.train.schedule,
-            stop=lambda: self.stop.signal is not None,
-            phases=self.phases,
-        )
+        try:
+            report = run_round(
+                self.engine,
+                self.experiment.tasks,
+                round_,
+                schedule=self.config.train.schedule,
+                stop=lambda: self.stop.signal is not None,
+                phases=self.phases,
+            )
+        except ShardError:
+            if self.state.round > self.before.round:
+                self._save()
+            raise
         self.phases.enter("reporting")
         batch, skipped = self.config.train.global_batch, bool(report.nonfinite)
         self.state.advance(batch, int(report.clips), len(report.bad), skipped)
@@ -218,8 +228,11 @@ class Trainer:
             self.monitor.validation(number, result, classes, self.best_metric)
             several = self.config.evaluation.examples
             shown = examples(self.accelerator, model, self.experiment, "validation", several)
-            for task, place, waves in shown:
-                self.monitor.example(number, task, place, waves, self.experiment.reader.rate)
+            try:
+                for task, place, waves in shown:
+                    self.monitor.example(number, task, place, waves, self.experiment.reader.rate)
+            except ShardError as error:  # the ranks end together, in the next round, if it stays
+                log.warning("no examples to hear: %s", error)
         self.phases.enter("collective")
         self.accelerator.wait_for_everyone()
         self._end_if(result.too_many_bad(self.config.data.max_bad_share))

@@ -2,11 +2,16 @@
 
 import os
 
+import hub_server
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HOME"] = hub_server.HOME.name
+os.environ["HF_ENDPOINT"] = hub_server.reserved_endpoint()  # no test asks the real one
 
 import pytest
 import tiny
 import torch
+from hub_fixtures import client, copy_of_hub, hub, opened  # noqa: F401
 
 torch.set_num_threads(1)
 LONGEST = ("test_slurm.py", "test_demo.py", "test_failures.py")

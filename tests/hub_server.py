@@ -11,12 +11,26 @@ import hashlib
 import json
 import re
 import socket
+import tempfile
 import threading
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
+
+HOME = tempfile.TemporaryDirectory(prefix="hf_home")
+"""What the clients of this process and its children keep."""
+RESERVED = socket.socket()
+
+
+def reserved_endpoint() -> str:
+    """Return an address of 127.0.0.1 that nobody else can take, for the Hub of this process and all that it starts."""
+    if RESERVED.getsockname()[1] == 0:
+        RESERVED.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        RESERVED.bind(("127.0.0.1", 0))
+    return f"http://127.0.0.1:{RESERVED.getsockname()[1]}"
+
 
 COMMIT = hashlib.sha1(b"main").hexdigest()
 CONVERTED = hashlib.sha1(b"refs/convert/parquet").hexdigest()
@@ -32,13 +46,15 @@ ROUTES = {
 
 @dataclasses.dataclass
 class Fault:
-    """What happens to the next `times` requests of a route (a key of ROUTES) whose path contains `path`."""
+    """What happens to `times` requests of a route (a key of ROUTES) whose path contains `path`, after `skip` of them."""
 
     kind: str
-    """status; stall (half, then nothing); trickle (half, then a byte at a time); cut (closes after half); slow (0.1 s)."""
+    """status; stall (half, then nothing); trickle (half, then a byte at a time); cut (closes after half); slow (0.1 s);
+    gone (the whole server)."""
     route: str = "storage"
     path: str = ".parquet"
     times: int = 1
+    skip: int = 0
     status: int = 503
     headers: dict[str, str] = dataclasses.field(default_factory=dict)
     seconds: float = 60.0
@@ -57,6 +73,7 @@ class HubServer(ThreadingHTTPServer):
         self.requests: Counter[str] = Counter()
         self.log: list[str] = []
         self.bytes_sent = 0
+        self.first_fault = 0.0
         self.ended = threading.Event()
         self.connections: list[socket.socket] = []
         self.lock = threading.Lock()
@@ -91,7 +108,7 @@ class HubServer(ThreadingHTTPServer):
             self.faults.clear()
             self.requests.clear()
             self.log.clear()
-            self.bytes_sent = 0
+            self.bytes_sent, self.first_fault = 0, 0.0
 
     def handle_error(self, request, client_address) -> None:
         """A client that closes a connection is what the faults are for."""
@@ -127,21 +144,15 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.requests[route] += 1
             self.server.log.append(f"{self.command} {self.path} {self.headers.get('Range', '')}")
-            fault = next(
-                (
-                    f
-                    for f in self.server.faults
-                    if f.route == route and f.path in path and f.times > 0
-                ),
-                None,
-            )
-            if fault:
-                fault.times -= 1
+            fault = self.next_fault(route, path)
         self.fault = fault
         token = self.server.token
         if fault and fault.kind == "status":
             self.fault = None
             self.reply(fault.status, headers=fault.headers)
+        elif fault and fault.kind == "gone":
+            self.close_connection = True
+            threading.Thread(target=self.server.close).start()
         elif fault and fault.kind == "slow":
             time.sleep(0.1)
             self.fault = None
@@ -157,6 +168,16 @@ class _Handler(BaseHTTPRequestHandler):
             self.reply(400)  # as S3 does: the token must not leave the Hub
         else:
             self.dispatch(route, parts)
+
+    def next_fault(self, route: str, path: str) -> Fault | None:
+        for fault in self.server.faults:
+            if fault.route == route and fault.path in path and fault.times > 0:
+                if fault.skip == 0:
+                    fault.times -= 1
+                    self.server.first_fault = self.server.first_fault or time.monotonic()
+                    return fault
+                fault.skip -= 1
+        return None
 
     def dispatch(self, route: str, parts: list[str]) -> None:
         if not parts:

@@ -17,8 +17,9 @@ from huggingface_hub import constants, get_session, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, parse_ratelimit_headers
 
-from mtl_dist.streams.retry import HopelessError, Remote, TryAgainError, within
+from mtl_dist.streams.retry import HopelessError, Remote, TryAgainError
 from mtl_dist.streams.sources import HUB_URL, Source
+from mtl_dist.streams.waiting import within
 
 HTTP_ERROR = HfHubHTTPError.__mro__[1]
 """Base of what the Hub's HTTP library raises; that library is another one in other versions of huggingface_hub."""
@@ -94,7 +95,7 @@ def read_range(
     elif "://" in file:
         data, size = _from_url(file, start, end, remote)
     else:
-        data, size = _from_disk(file, start, end)
+        data, size = _from_disk(file, start, end, remote)
     if len(data) != end - start:
         raise TryAgainError(f"the transfer was cut: {len(data)} of {end - start} bytes")
     return data, size
@@ -108,19 +109,28 @@ def read_tail(file: str, count: int, remote: Remote) -> tuple[bytes, int]:
         return bytes(received), size
     if "://" in file:
         return _from_url(file, -count, None, remote)
-    return _from_disk(file, -count, None)
+    return _from_disk(file, -count, None, remote)
 
 
-def _from_disk(file: str, start: int, end: int | None) -> tuple[bytes, int]:
-    try:
+def _seconds_allowed(start: int, end: int | None, remote: Remote) -> float:
+    """Return how long an attempt may take that has no time limit of its own and does not say how far it has come."""
+    span = -start if end is None else end - start
+    return min(remote.timeout_seconds + span / LEAST_RATE, remote.patience_seconds)
+
+
+def _from_disk(file: str, start: int, end: int | None, remote: Remote) -> tuple[bytes, int]:
+    def fetch() -> tuple[bytes, int]:
         with open(file, "rb", buffering=0) as handle:
             size = os.fstat(handle.fileno()).st_size
             first, last = _absolute(start, end, size)
             return os.pread(handle.fileno(), last - first, first), size
+
+    try:
+        return within(_seconds_allowed(start, end, remote), fetch)
     except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
         raise HopelessError(f"{error.strerror}; put it back, or start again") from error
     except OSError as error:  # a shared file system that is away for a moment
-        raise TryAgainError(f"{type(error).__name__}: {error.strerror}") from error
+        raise TryAgainError(f"{type(error).__name__}: {error.strerror or error}") from error
 
 
 def _absolute(start: int, end: int | None, size: int) -> tuple[int, int]:
@@ -141,11 +151,10 @@ def _from_url(file: str, start: int, end: int | None, remote: Remote) -> tuple[b
         first, last = _absolute(start, end, size)
         return system.cat_file(path, start=first, end=last), size
 
-    span = -start if end is None else end - start
     try:
         # Outside `within`: fsspec makes, and keeps, one file system for every thread that asks.
         system, path = fsspec.url_to_fs(file)
-        return within(remote.timeout_seconds + span / LEAST_RATE, fetch)
+        return within(_seconds_allowed(start, end, remote), fetch)
     except (FileNotFoundError, PermissionError, ImportError) as error:
         raise HopelessError(f"{type(error).__name__}: {error}; check path and access") from error
     except HopelessError:

@@ -8,15 +8,18 @@ import dataclasses
 import logging
 import random
 import socket
-import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
+
+from mtl_dist.streams.waiting import Wait, told
 
 log = logging.getLogger("mtl_dist")
 
 Result = TypeVar("Result")
 LONGEST_WAIT_SECONDS = 30.0
+FIRST_NOTE = 1 / 4
+"""Share of timeout_seconds after which the log says what is waited for."""
 
 
 class ShardError(RuntimeError):
@@ -65,9 +68,14 @@ def persist(attempt: Callable[[], Result], remote: Remote, rank: int | None, wha
             failure at the latest.
     """
     who = f"{speaker(rank)}, {what}"
-    wait, tries, first_failure = remote.first_wait_seconds, 0, None
+    with told(who, FIRST_NOTE * remote.timeout_seconds) as wait:
+        return _persist(attempt, remote, who, wait)
+
+
+def _persist(attempt: Callable[[], Result], remote: Remote, who: str, wait: Wait) -> Result:
+    pause_next, first_failure = remote.first_wait_seconds, None
     while True:
-        tries += 1
+        wait.attempt += 1
         try:
             return attempt()
         except HopelessError as error:
@@ -76,43 +84,19 @@ def persist(attempt: Callable[[], Result], remote: Remote, rank: int | None, wha
             now = time.monotonic()
             first_failure = now if first_failure is None else first_failure
             # Spread, so that a thousand ranks do not come back in the same instant.
-            pause = (wait if error.wait is None else error.wait) * random.uniform(1, 1.25)
+            pause = (pause_next if error.wait is None else error.wait) * random.uniform(1, 1.25)
             if now + pause > first_failure + remote.patience_seconds:
                 asked = "" if error.wait is None else f"; the server asks for {error.wait:.0f} s"
                 raise ShardError(
-                    f"{who}: {error}{asked}; gave up after attempt {tries}, {now - first_failure:.1f} s after the first "
-                    f"failure (patience_seconds: {remote.patience_seconds:g}); check the network or try later"
+                    f"{who}: {error}{asked}; gave up after attempt {wait.attempt}, {now - first_failure:.1f} s after the "
+                    f"first failure (patience_seconds: {remote.patience_seconds:g}); check the network or try later"
                 ) from error
-            log.warning("%s: %s; attempt %d, again in %.1f s", who, error, tries, pause)
+            log.warning("%s: %s; attempt %d, again in %.1f s", who, error, wait.attempt, pause)
         time.sleep(pause)
-        wait = min(2 * wait, LONGEST_WAIT_SECONDS)
+        pause_next = min(2 * pause_next, LONGEST_WAIT_SECONDS)
 
 
 def speaker(rank: int | None) -> str:
     """Return who speaks in a message: rank, where known, and host."""
     host = socket.gethostname()
     return f"host {host}" if rank is None else f"rank {rank} on {host}"
-
-
-def within(seconds: float, action: Callable[[], Result]) -> Result:
-    """Return `action()`, or raise TimeoutError after `seconds`: for libraries that have no time limit of their own.
-
-    The thread of an action that is late stays behind, as a daemon, until the library lets go of it.
-    """
-    outcome: list[tuple[Result | None, BaseException | None]] = []
-
-    def run() -> None:
-        try:
-            outcome.append((action(), None))
-        except BaseException as error:
-            outcome.append((None, error))
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not outcome:
-        raise TimeoutError(f"no answer in {seconds:.1f} s")
-    result, error = outcome[0]
-    if error is not None:
-        raise error
-    return result

@@ -21,6 +21,7 @@ from mtl_dist.audio.reading import BadClipError, stored_bytes
 from mtl_dist.runtime import World
 from mtl_dist.streams.keys import generator
 from mtl_dist.streams.order import Order
+from mtl_dist.streams.retry import ShardError
 from mtl_dist.streams.table import Table
 from mtl_dist.tasks.base import Keyed, Task, TaskBatch
 
@@ -58,6 +59,10 @@ class Round:
     """By corpus, of all its clips in the round."""
     ahead: float = 0.0
     """How many rounds were ready when this one was asked for."""
+    failure: str | None = None
+    """Why this rank has no audio for it, if so; it has none for later ones either."""
+    failure: str | None = None
+    """Why there is no audio in it, and will be none in later ones."""
 
     def pin_memory(self) -> "Round":
         """Let the loader move the batches to page-locked memory, from where a GPU fetches them by itself."""
@@ -84,6 +89,8 @@ class Part:
     batches: dict[str, MicroBatch] = dataclasses.field(default_factory=dict)
     bad: list[str] = dataclasses.field(default_factory=list)
     read: dict[str, Read] = dataclasses.field(default_factory=dict)
+    failure: str | None = None
+    """Why it is not there; the last one then."""
 
 
 class RoundStream(IterableDataset):
@@ -129,6 +136,15 @@ class RoundStream(IterableDataset):
         }
 
     def __iter__(self) -> Iterator[Part]:
+        number = self.first_round
+        try:
+            for part in self._parts():
+                yield part
+                number += 1
+        except ShardError as error:  # for the ranks to say, and to end on, together
+            yield Part(number=number, failure=str(error))
+
+    def _parts(self) -> Iterator[Part]:
         info = get_worker_info()
         own = self.own_places(*((info.id, info.num_workers) if info else (0, 1)))
         rows = {name: self._rows(name, places) for name, places in own.items()}
@@ -171,7 +187,11 @@ class RoundStream(IterableDataset):
         """Put the parts of all workers together and cut them into micro-batches."""
         size = self.global_batch // self.world.size // self.accumulation
         result = Round(number=parts[0].number, micro_batches={})
+        result.failure = next((part.failure for part in parts if part.failure), None)
         for name in self.tasks:
+            if result.failure:
+                result.micro_batches[name] = []
+                continue
             own = [part.batches[name] for part in parts if name in part.batches]
             ids = [clip for micro in own for clip in micro.ids]
             whole = _joined([micro.batch for micro in own])
@@ -277,6 +297,8 @@ class Rounds:
         """
         if isinstance(self.loader, _MultiProcessingDataLoaderIter):
             self.loader._shutdown_workers()
+            for worker in self.loader._workers:  # one that waits for data hears of nothing else
+                worker.kill()
 
 
 def _joined(batches: list[TaskBatch]) -> TaskBatch:

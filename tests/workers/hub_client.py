@@ -26,7 +26,8 @@ class Lines(logging.Handler):
 
 
 def call(name: str, *args, token: str | None = None, **kwargs) -> dict:
-    """Call a function of this module: {"result" or "error", "lines" (of our log), "all" (of all logs), "seconds"}."""
+    """Call a function of this module: {"result" or "error", "lines" (of our log, but for
+    those that say how long something takes), "all" (of all logs), "seconds"}."""
     ours, everything = Lines(), Lines()
     logging.getLogger("mtl_dist").addHandler(ours)
     root = logging.getLogger()
@@ -43,7 +44,7 @@ def call(name: str, *args, token: str | None = None, **kwargs) -> dict:
         logging.getLogger("mtl_dist").removeHandler(ours)
         root.removeHandler(everything)
     return outcome | {
-        "lines": ours.lines,
+        "lines": [line for line in ours.lines if ": waiting for data for " not in line],
         "all": everything.lines,
         "seconds": time.monotonic() - began,
     }
