@@ -18,22 +18,27 @@ Ask = Callable[[Callable[[], Result]], Result]
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
-class ShardFile(abc.ABC):
-    """A file of a source (its number): blocks of rows, each in ranges of bytes of its own. Small and picklable.
-
-    A range is (first byte, byte after the last); `parts` is {first byte: bytes} of ranges that were asked for.
-    """
+class SourceFile:
+    """A file of a source (its number). Small and picklable."""
 
     path: str
     source: int
     size: int
     digest: str
-    """Of the footer or index; another digest means that the clips may not be the same."""
+    """Of the footer or index, or what a listing says; another digest means that the clips may not be the same."""
 
     def shown(self) -> str:
         """Return the path for messages: of a Hub file without the commit."""
         match = HUB_URL.fullmatch(self.path)
         return f"{match['repo']}/{match['path']}" if match else self.path
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class ShardFile(SourceFile, abc.ABC):
+    """A file of blocks of rows, each in ranges of bytes of its own.
+
+    A range is (first byte, byte after the last); `parts` is {first byte: bytes} of ranges that were asked for.
+    """
 
     @abc.abstractmethod
     def rows(self) -> list[int]:
