@@ -5,7 +5,6 @@ a file are frames at the file's own rate; what is returned is at the wanted rate
 """
 
 import contextlib
-import io
 import math
 import re
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from wave import Error as WaveError
 from wave import Wave_read
 
 import numpy as np
+import pyarrow as pa
 import soundfile
 import soxr
 
@@ -68,8 +68,8 @@ class WaveBytes:
 
     extra_info = ""
 
-    def __init__(self, data: bytes):
-        self.file = Wave_read(io.BytesIO(data))
+    def __init__(self, data: bytes | memoryview):
+        self.file = Wave_read(pa.BufferReader(data))
         self.frames, self.samplerate = self.file.getnframes(), self.file.getframerate()
         self.seek, self.tell, self.close = self.file.setpos, self.file.tell, self.file.close
         self.channels = self.file.getnchannels()
@@ -114,7 +114,7 @@ def open_clip(audio: dict):
     if data is not None and not data:
         raise BadClipError(name, "holds no bytes")
     try:
-        file = _opened(audio["path"] if data is None else data)
+        file = _opened(audio.get("path"), data)
     except (soundfile.LibsndfileError, OSError, TypeError) as error:  # TypeError: *.raw
         raise BadClipError(name, f"cannot be read as audio ({error})") from error
     with file:
@@ -129,11 +129,13 @@ def open_clip(audio: dict):
             raise BadClipError(name, f"cannot be read as audio ({error})") from error
 
 
-def _opened(source: str | bytes) -> soundfile.SoundFile | WaveBytes:
-    if isinstance(source, bytes) and source.startswith(b"RIFF"):
+def _opened(path: str | None, data: bytes | memoryview | None) -> soundfile.SoundFile | WaveBytes:
+    if data is None:
+        return StretchFile(path)
+    if data[:4] == b"RIFF":
         with contextlib.suppress(WaveError, EOFError):  # another kind of WAV, or a damaged one
-            return WaveBytes(source)
-    return StretchFile(io.BytesIO(source) if isinstance(source, bytes) else source)
+            return WaveBytes(data)
+    return StretchFile(pa.BufferReader(data))
 
 
 def _refuse_cut_short(file: soundfile.SoundFile, name: str) -> None:
