@@ -3,7 +3,7 @@
 Paper section 5.3 and Table 2 (rows NI, PS, PS + MTL100) name "noise injection, and pitch shifting [35, 42, 44]" and no
 ranges; gain and time shift are additions. Pure functions from wave to wave, (T,) float32 in [-1, 1] in and out, and
 `Augmentation`, which applies them in the order above: so the noise also fills what the shift left empty, as a
-recording's would, and the gain is that of the whole recording. Tested by tests/test_augment.py.
+recording's would, and the gain is that of the whole recording. Tested by tests/test_augment.py, test_augmented_stream.py.
 """
 
 import dataclasses

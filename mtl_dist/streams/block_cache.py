@@ -1,7 +1,7 @@
 """A folder that keeps fetched blocks, bounded in bytes, shared by any number of processes without locks.
 
 A block is a file of its bytes and their checksum, written under a temporary name and renamed. What was not used for
-longest goes first. Tested by tests/test_shards.py.
+longest goes first. Tested by tests/test_block_cache.py.
 """
 
 import logging
