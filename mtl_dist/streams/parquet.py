@@ -97,7 +97,7 @@ def plain_values(chunk: memoryview, count: int) -> list[memoryview] | None:
                 first = at + 4
                 at = first + int.from_bytes(chunk[at:first], "little")
                 values.append(chunk[first:at])
-            if at != end:
+            if at != end or end > len(chunk):
                 return None
     except (IndexError, KeyError, TypeError, ValueError):
         return None
