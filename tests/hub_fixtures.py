@@ -93,10 +93,6 @@ def clean(repo: str = "openslr/librispeech_asr", split: str = "train.100") -> So
     return Source(path=repo, config="clean", split=split, columns={"speaker": "speaker_id"})
 
 
-def audio_of(rows: list[dict]) -> list[dict]:
-    return [row["audio"] for row in rows]
-
-
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     """A server with openslr/librispeech_asr, a client process, and the rows that were written."""

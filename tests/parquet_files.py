@@ -67,5 +67,9 @@ def write_table(path: Path, columns: dict, **options) -> str:
     return str(path)
 
 
-def all_rows(shards: Shards) -> list[dict]:
-    return [row for block in range(len(shards)) for row in shards.read(block)]
+def audio_of(rows: list[dict]) -> list[bytes]:
+    return [row["audio"]["bytes"] for row in rows]
+
+
+def all_audio(shards: Shards) -> list[bytes | memoryview | None]:
+    return [audio for block in range(len(shards)) for audio in shards.read(block)]

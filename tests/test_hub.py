@@ -7,8 +7,9 @@ import pickle
 import shutil
 
 import pytest
-from hub_fixtures import FAST, FILES, audio_of, clean
+from hub_fixtures import FAST, FILES, clean
 from hub_server import COMMIT, Fault
+from parquet_files import audio_of
 
 from mtl_dist.streams.sources import Source
 

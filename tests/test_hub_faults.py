@@ -4,8 +4,9 @@ import pickle
 import threading
 
 import pytest
-from hub_fixtures import BUSY, FAST, audio_of, clean
+from hub_fixtures import BUSY, FAST, clean
 from hub_server import Fault
+from parquet_files import audio_of
 
 FAULTS = {
     "429": Fault("status", "resolve", status=429, times=2),

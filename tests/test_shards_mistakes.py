@@ -5,7 +5,7 @@ import shutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from parquet_files import FAST, SCHEMA, clips, write, write_table
+from parquet_files import FAST, SCHEMA, audio_of, clips, write, write_table
 
 from mtl_dist.streams.retry import Remote, ShardError
 from mtl_dist.streams.shards import Shards
@@ -67,7 +67,7 @@ def test_a_shard_that_vanishes_or_changes_during_the_run_is_named_at_once(folder
         ShardError, match=rf"rank 7 on .*mine, .*train-00000.*row group 1.*{reason}"
     ):
         shards.read(1)
-    assert shards.read(3) == [row["audio"] for row in written[37:40]]
+    assert shards.read(3) == audio_of(written[37:40])
 
 
 def test_a_shard_that_changed_since_a_checkpoint_is_refused_by_name(folder, tmp_path):

@@ -6,7 +6,6 @@ frames at the file's own rate; what is returned is at the wanted rate. Tested by
 """
 
 import contextlib
-import io
 import math
 import re
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from wave import Error as WaveError
 from wave import Wave_read
 
 import numpy as np
+import pyarrow as pa
 import soundfile
 import soxr
 
@@ -86,7 +86,7 @@ class WaveFile:
 
     extra_info = ""
 
-    def __init__(self, file: io.BytesIO | FarFile, size: int):
+    def __init__(self, file: pa.NativeFile | FarFile, size: int):
         self.file = Wave_read(file)
         self.frames, self.samplerate = self.file.getnframes(), self.file.getframerate()
         self.seek, self.tell, self.close = self.file.setpos, self.file.tell, self.file.close
@@ -165,7 +165,7 @@ def _opened(audio: dict, far: FarFile | None) -> soundfile.SoundFile | WaveFile:
     data = audio.get("bytes")
     if far is None and data is None:
         return StretchFile(audio["path"])
-    file = far or io.BytesIO(data)
+    file = pa.BufferReader(data) if far is None else far
     if file.read(4) == b"RIFF":
         file.seek(0)
         with contextlib.suppress(WaveError, EOFError):  # another kind of WAV, or a damaged one

@@ -139,7 +139,7 @@ def _subset(
         if audio is None:
             if row["block"] != block[0]:
                 block = row["block"], shards.read(row["block"])
-            audio = io.BytesIO(block[1][row["place"]]["bytes"] or b"")
+            audio = io.BytesIO(block[1][row["place"]] or b"")
         try:
             seconds += soundfile.info(audio).duration
         except soundfile.LibsndfileError:

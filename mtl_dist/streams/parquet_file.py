@@ -6,6 +6,7 @@ import hashlib
 import zlib
 from collections.abc import Iterable
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -19,9 +20,11 @@ from mtl_dist.streams.parquet import (
     joined,
     leaves,
     parse_footer,
+    plain_groups,
+    plain_values,
 )
 from mtl_dist.streams.retry import HopelessError, Remote
-from mtl_dist.streams.shard_file import Ask, ShardFile
+from mtl_dist.streams.shard_file import Ask, Audio, ShardFile
 from mtl_dist.streams.sources import Source
 
 FOOTERS = 32
@@ -30,9 +33,12 @@ FOOTERS = 32
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class ParquetFile(ShardFile):
-    """A Parquet file with its footer, compressed."""
+    """A Parquet file."""
 
     footer: bytes
+    """Compressed."""
+    groups: np.ndarray
+    """Of each row group: its rows, and where its audio begins and ends; int64 (row groups, 3)."""
 
     @functools.lru_cache(maxsize=FOOTERS)  # noqa: B019  bounded, and files live as long as their process
     def meta(self) -> pq.FileMetaData:
@@ -41,26 +47,27 @@ class ParquetFile(ShardFile):
 
     def rows(self) -> list[int]:
         """Return how many rows each row group has."""
-        meta = self.meta()
-        return [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]
+        return self.groups[:, 0].tolist()
 
     def block_name(self, block: int) -> str:
         """Return the number of the row group."""
         return f"row group {block}"
 
     def audio_ranges(self, block: int, source: Source) -> list[tuple[int, int]]:
-        """Return where the column of audio lies."""
-        return self._ranges([block], [source.column("audio")])
+        """Return where the bytes of audio lie."""
+        return [tuple(self.groups[block, 1:].tolist())]
 
-    def audio(self, block: int, source: Source, parts: dict[int, bytes]) -> list[dict]:
-        """Return the audio of each row; it may be plain bytes."""
-        values = self._decode([block], [source.column("audio")], parts).column(0).to_pylist()
-        if values and all(isinstance(value, bytes | None) for value in values):
-            values = [{"bytes": value} for value in values]
-        return [
-            {"bytes": (value or {}).get("bytes"), "path": (value or {}).get("path")}
-            for value in values
-        ]
+    def audio(self, block: int, source: Source, parts: dict[int, bytes]) -> list[Audio]:
+        """Return the audio of each row, by Arrow where it is not stored plainly."""
+        (chunk,) = parts.values()
+        values = plain_values(memoryview(chunk), int(self.groups[block, 0]))
+        if values is not None:
+            return values
+        leaf = self.meta().schema.column(audio_leaf(self.meta(), source)).path
+        table = self._decode([block], [leaf], parts)
+        while pa.types.is_struct(table.schema.field(0).type):
+            table = pa.Table.from_struct_array(table.column(0))
+        return table.column(0).to_pylist()
 
     def listing_ranges(
         self, blocks: list[int], source: Source, columns: Iterable[str] | None
@@ -93,6 +100,13 @@ class ParquetFile(ShardFile):
         return reader.read_row_groups(blocks, columns=columns, use_threads=False)
 
 
+def audio_leaf(meta: pq.FileMetaData, source: Source) -> int:
+    """Return the number of the leaf column that holds the bytes of audio."""
+    name = source.column("audio")
+    paths = [meta.schema.column(i).path for i in range(meta.num_columns)]
+    return paths.index(name) if name in paths else paths.index(f"{name}.bytes")
+
+
 def load_parquet(path: str, number: int, source: Source, remote: Remote, ask: Ask) -> ParquetFile:
     """Read the footer of a file of source `number`: one request, two where it is longer than TAIL_BYTES.
 
@@ -110,10 +124,17 @@ def _load(path: str, number: int, source: Source, remote: Remote) -> ParquetFile
                 raise ValueError("cut short or damaged: the footer would be longer than the file")
             tail, _ = read_tail(path, needed, remote)
         footer = tail[-needed:]
-        check_columns(parse_footer(footer).schema.to_arrow_schema(), source)
+        meta = parse_footer(footer)
+        check_columns(meta.schema.to_arrow_schema(), source)
+        groups = plain_groups(meta, audio_leaf(meta, source))
     except (ValueError, OSError, pa.ArrowException) as error:
         raise HopelessError(str(error)) from error
     digest = hashlib.blake2b(footer, digest_size=8).hexdigest()
     return ParquetFile(
-        path=path, source=number, size=size, footer=zlib.compress(footer, 1), digest=digest
+        path=path,
+        source=number,
+        size=size,
+        footer=zlib.compress(footer, 1),
+        digest=digest,
+        groups=groups,
     )

@@ -12,6 +12,8 @@ import pyarrow as pa
 
 from mtl_dist.streams.sources import HUB_URL, Source
 
+Audio = bytes | memoryview | None
+"""An audio file in memory; None or nothing where a row has none."""
 Result = TypeVar("Result")
 Ask = Callable[[Callable[[], Result]], Result]
 """Makes attempts until one works, and names corpus and file when none does: streams/retry.py's `persist`."""
@@ -53,8 +55,8 @@ class ShardFile(SourceFile, abc.ABC):
         """Return where the audio of a block lies; next to nothing but it."""
 
     @abc.abstractmethod
-    def audio(self, block: int, source: Source, parts: dict[int, bytes]) -> list[dict]:
-        """Return {"bytes": bytes or None, "path": str or None} of each row of a block, not decoded.
+    def audio(self, block: int, source: Source, parts: dict[int, bytes]) -> list[Audio]:
+        """Return the audio of each row of a block, not decoded; it may be views of `parts`.
 
         Raises OSError or ValueError where the bytes are not what they were when the file was opened.
         """

@@ -28,7 +28,7 @@ from mtl_dist.streams.block_cache import BlockCache
 from mtl_dist.streams.fetch import list_files, read_range
 from mtl_dist.streams.parquet_file import load_parquet
 from mtl_dist.streams.retry import HopelessError, Remote, ShardError, persist, speaker
-from mtl_dist.streams.shard_file import ShardFile, SourceFile
+from mtl_dist.streams.shard_file import Audio, ShardFile, SourceFile
 from mtl_dist.streams.sources import Source, index_of
 from mtl_dist.streams.tar_file import load_tar
 
@@ -147,8 +147,8 @@ class Shards:
                     "clips; put the files back as they were, or start a new run"
                 )
 
-    def read(self, block: int) -> list[dict]:
-        """Read the audio of all rows of a block, not decoded: [{"bytes": bytes or None, "path": str or None}].
+    def read(self, block: int) -> list[Audio]:
+        """Read the audio of all rows of a block, not decoded: files in memory, or None.
 
         One request. Raises ShardError naming rank, corpus, file, row group and the reason.
         """

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import datasets
 import numpy as np
 
+from mtl_dist.streams.shard_file import Audio
 from mtl_dist.streams.shards import Shards
 
 
@@ -77,7 +78,7 @@ class Table:
 
         Raises ShardError, when it is called, for a block that cannot be read.
         """
-        blocks: collections.OrderedDict[tuple[str, int], list[dict]] = collections.OrderedDict()
+        blocks: collections.OrderedDict[tuple[str, int], list[Audio]] = collections.OrderedDict()
         table = self.rows.with_format("arrow")[:]  # a row of `datasets` takes twenty times as long
         columns = {name: table[name].combine_chunks() for name in table.column_names}
 
@@ -93,7 +94,7 @@ class Table:
                     blocks.popitem(last=False)
                 blocks[corpus, block] = shards.read(block)
             blocks.move_to_end((corpus, block))
-            data = blocks[corpus, block][place]["bytes"]
+            data = blocks[corpus, block][place]
             name = f"{shards.name(block)}, row {place} ({row['id']})"
             return row | {"audio": {"path": name, "bytes": data or b""}}
 

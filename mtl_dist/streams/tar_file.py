@@ -11,7 +11,7 @@ import pyarrow as pa
 from mtl_dist.streams.fetch import read_range, read_tail
 from mtl_dist.streams.range_file import FIRST_PIECE, LARGEST_PIECE, RangeFile
 from mtl_dist.streams.retry import HopelessError, Remote
-from mtl_dist.streams.shard_file import Ask, ShardFile
+from mtl_dist.streams.shard_file import Ask, Audio, ShardFile
 from mtl_dist.streams.sources import Source, index_of
 from mtl_dist.streams.tar_index import (
     HEADER,
@@ -60,7 +60,7 @@ class TarFile(ShardFile):
             return []
         return [(there[0].offset - HEADER, there[-1].offset + there[-1].size)]
 
-    def audio(self, block: int, source: Source, parts: dict[int, bytes]) -> list[dict]:
+    def audio(self, block: int, source: Source, parts: dict[int, bytes]) -> list[Audio]:
         """Return the audio of each sample."""
         found = []
         for member in self._members(block):
@@ -69,8 +69,8 @@ class TarFile(ShardFile):
                 ((first, part),) = parts.items()
                 part, begin = memoryview(part), member.offset - first
                 check_header(part[begin - HEADER : begin], member)
-                data = bytes(part[begin : begin + member.size])
-            found.append({"bytes": data, "path": member.name})
+                data = part[begin : begin + member.size]
+            found.append(data)
         return found
 
     def listing_ranges(

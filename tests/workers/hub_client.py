@@ -55,11 +55,16 @@ def open_shards(corpus: str, sources: list, **remote) -> bytes:
     return pickle.dumps(Shards.open(corpus, sources, Remote(**remote)))
 
 
-def read(sent: bytes, blocks: list[int], rank: int = 3) -> list[list[dict]]:
+def copied(shards: Shards, block: int) -> list[bytes | None]:
+    """Read a block as bytes that can be sent."""
+    return [audio and bytes(audio) for audio in shards.read(block)]
+
+
+def read(sent: bytes, blocks: list[int], rank: int = 3) -> list[list[bytes | None]]:
     """Read blocks as a rank does that has received the object."""
     shards = pickle.loads(sent)
     shards.rank = rank
-    return [shards.read(block) for block in blocks]
+    return [copied(shards, block) for block in blocks]
 
 
 def offline(sent: bytes, source: Source) -> list[str]:
@@ -78,13 +83,13 @@ def offline(sent: bytes, source: Source) -> list[str]:
     return errors
 
 
-def read_around_a_fork(sent: bytes, block: int) -> list[list[dict]]:
+def read_around_a_fork(sent: bytes, block: int) -> list[list[bytes | None]]:
     """Read a block, then in a forked process as a loader's worker does, then here again."""
     shards = pickle.loads(sent)
-    before = shards.read(block)
+    before = copied(shards, block)
     with multiprocessing.get_context("fork").Pool(1) as pool:
-        inside = pool.apply_async(shards.read, [block]).get(20)
-    return [before, inside, shards.read(block)]
+        inside = pool.apply_async(copied, [shards, block]).get(20)
+    return [before, inside, copied(shards, block)]
 
 
 def warm_up() -> None:
