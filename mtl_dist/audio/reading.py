@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 from wave import Error as WaveError
 from wave import Wave_read
 
@@ -64,7 +65,7 @@ class StretchFile(soundfile.SoundFile):
 class FarFile:
     """A file as libsndfile takes it: no exception passes through its calls, so the first is kept, and the file ends."""
 
-    def __init__(self, file: io.RawIOBase):
+    def __init__(self, file: BinaryIO):
         self.file, self.seek, self.tell = file, file.seek, file.tell
         self.error: Exception | None = None
 

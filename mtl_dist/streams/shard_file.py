@@ -5,7 +5,9 @@ A file is what a rank sends to the others, with its footer or index, so that the
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import PurePosixPath
 from typing import TypeVar
 
 import pyarrow as pa
@@ -80,3 +82,15 @@ class ShardFile(SourceFile, abc.ABC):
     def named_by_key(self, source: Source) -> bool:
         """Return whether ids are keys of this file, which may come in another file of the source too."""
         return False
+
+
+def names_below(files: Sequence[SourceFile]) -> list[str]:
+    """Return for each file its path below the folder that the files of its source share."""
+    paths = [PurePosixPath(file.shown()) for file in files]
+    parents: dict[int, list[PurePosixPath]] = {}
+    for file, path in zip(files, paths, strict=True):
+        parents.setdefault(file.source, []).append(path.parent)
+    shared = {number: os.path.commonpath(found) for number, found in parents.items()}
+    return [
+        str(path.relative_to(shared[file.source])) for file, path in zip(files, paths, strict=True)
+    ]

@@ -14,11 +14,10 @@ import contextlib
 import functools
 import hashlib
 import logging
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +27,7 @@ from mtl_dist.streams.block_cache import BlockCache
 from mtl_dist.streams.fetch import list_files, read_range
 from mtl_dist.streams.parquet_file import load_parquet
 from mtl_dist.streams.retry import HopelessError, Remote, ShardError, persist, speaker
-from mtl_dist.streams.shard_file import Audio, ShardFile, SourceFile
+from mtl_dist.streams.shard_file import Audio, ShardFile, SourceFile, names_below
 from mtl_dist.streams.sources import Source, index_of
 from mtl_dist.streams.tar_file import load_tar
 
@@ -126,14 +125,14 @@ class Shards:
         return f"{self._files[number].shown()}, {self._files[number].block_name(place)}"
 
     def fingerprint(self) -> dict[str, str]:
-        """Return {"source 0: FILE": size and digest of its footer or index, or of audio}, FILE as `_names` has it.
+        """Return {"source 0: FILE": size and digest of its footer or index, or of audio}, FILE as `names_below` has it.
 
         So it stays the same when the files are copied to another place, at another time.
         """
         files = [*self._files, *self.alone.by_path.values()]
         return {
             f"source {file.source}: {name}": f"{file.size}-{file.digest}"
-            for file, name in zip(files, _names(files), strict=True)
+            for file, name in zip(files, names_below(files), strict=True)
         }
 
     def refuse_changes(self, saved: dict[str, str]) -> None:
@@ -213,7 +212,7 @@ class Shards:
 
     def _tell_keys_apart(self, tables: list[pa.Table]) -> None:
         """Put each tar's name before its keys, where keys of one source come in several of its tars."""
-        names = [name.removesuffix(".tar") for name in _names(self._files)]
+        names = [name.removesuffix(".tar") for name in names_below(self._files)]
         for number, source in enumerate(self.sources):
             own = [
                 n
@@ -270,18 +269,6 @@ class Shards:
                 f"{speaker(self.rank)}, corpus {self.corpus}, {what}: its bytes are damaged, or the file was changed in "
                 f"place ({error}); write or fetch it again and start again"
             ) from error
-
-
-def _names(files: Sequence[SourceFile]) -> list[str]:
-    """Return for each file its path below the folder that the files of its source share."""
-    paths = [PurePosixPath(file.shown()) for file in files]
-    parents: dict[int, list[PurePosixPath]] = {}
-    for file, path in zip(files, paths, strict=True):
-        parents.setdefault(file.source, []).append(path.parent)
-    shared = {number: os.path.commonpath(found) for number, found in parents.items()}
-    return [
-        str(path.relative_to(shared[file.source])) for file, path in zip(files, paths, strict=True)
-    ]
 
 
 def _load(

@@ -114,7 +114,7 @@ class Source:
                 )
             if not file.endswith(SHARDS):
                 raise ValueError(
-                    f"{file} is neither Parquet, a tar nor audio; write your audio to Parquet with `mtl-dist prepare`, or, "
+                    f"{file} is not Parquet, nor a tar or audio; write your audio to Parquet with `mtl-dist prepare`, or, "
                     "for a data set of the Hub, try revision: refs/convert/parquet"
                 )
         tars = [file for file in files if file.endswith(".tar")]
@@ -151,7 +151,7 @@ class Source:
             depth = max(path.removeprefix(folder).strip("/").count("/") for path in paths)
             found = system.find(folder, maxdepth=depth + 1, detail=True)
         top = self._folder(files[0])
-        return {
+        listed = {
             file: Listed(
                 path.removeprefix(top).strip("/"),
                 found[path]["size"],
@@ -159,6 +159,8 @@ class Source:
             )
             for file, path in zip(files, paths, strict=True)
         }
+        # As a folder on a disk is sorted: noise is drawn by place.
+        return dict(sorted(listed.items(), key=lambda item: PurePosixPath(item[1].name)))
 
     def _folder(self, file: str) -> str:
         """Return the folder that the source names, as the file system of one of its files calls it."""
