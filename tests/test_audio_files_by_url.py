@@ -8,6 +8,7 @@ import fsspec
 import numpy as np
 import pytest
 import sharded
+import soundfile
 import tiny
 from far_audio import CHIME, KINDS, SAMPLES, SECONDS
 from hub_server import RESERVED, Fault, HubServer
@@ -126,11 +127,25 @@ def test_a_small_file_is_one_request_and_nothing_is_asked_before_it_is_read(hub,
     assert hub.bytes_sent == sum(sizes)
 
 
+def test_a_crop_of_a_long_clip_that_ends_in_silence_is_three_requests(hub):
+    folder = hub.folder / "someone/long"
+    folder.mkdir(parents=True)
+    wave = np.concatenate([0.1 * np.ones(30 * far_audio.RATE), np.zeros(3 * far_audio.RATE // 2)])
+    soundfile.write(folder / "long.wav", wave, far_audio.RATE)
+    corpus = Folder(sources=[Source(path="someone/long")], remote=FAST).load("folder", 0)
+    read = Table(corpus.splits["train"], {"folder": corpus.shards}).reader(held=1)
+    hub.reset()
+    for number in range(5):
+        ClipReader().crop(read(0), SAMPLES, generator(number))
+    assert len(storage(hub)) == 1 + 2 * 5
+    assert hub.bytes_sent <= 1.25 * len(storage(hub)) * audio_files.PIECE
+
+
 def test_clips_of_any_url_have_the_names_labels_splits_and_samples_of_a_folder(clips):
     url = far_audio.to_memory(clips, "clips")
     settings = {"labelled": True, "validation_share": 0.2, "test_share": 0.2}
     theirs = Folder(root=str(clips), **settings).load("folder", 0)
-    for path in (url, f"{url}/*/deep/*", f"{url}/**/*.*"):
+    for path in (f"{clips}/**/*.*", url, f"{url}/*/deep/*", f"{url}/**/*.*"):
         ours = Folder(sources=[Source(path=path)], **settings).load("folder", 0)
         assert far_audio.rows_of(ours) == far_audio.rows_of(theirs)
         assert ours.classes == theirs.classes == ["dog", "dog-toy"]

@@ -52,7 +52,8 @@ class RangeFile(io.RawIOBase):
         if not self.start <= first <= end <= have:
             close = self.data and self.start <= first <= have + self.piece
             self.piece = min(self.largest_piece, 2 * self.piece) if close else self.first_piece
-            self.data = self.fetch(first, min(self.size, max(end, first + self.piece)))
-            self.start = first
+            # Of the end of a file a whole piece: what is read there is often read from behind.
+            self.start = min(first, max(0, self.size - self.piece))
+            self.data = self.fetch(self.start, min(self.size, max(end, first + self.piece)))
         self.position = end
         return bytes(self.data[first - self.start : end - self.start])

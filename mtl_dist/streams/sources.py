@@ -150,6 +150,9 @@ class Source:
             folder = os.path.commonpath([os.path.dirname(path) for path in paths])
             depth = max(path.removeprefix(folder).strip("/").count("/") for path in paths)
             found = system.find(folder, maxdepth=depth + 1, detail=True)
+        unknown = [path for path in paths if found[path]["size"] is None]
+        if unknown:
+            raise ValueError(f"the server does not say how large {unknown[0]} is; copy the files")
         top = self._folder(files[0])
         listed = {
             file: Listed(
