@@ -137,9 +137,12 @@ def test_a_worker_that_is_killed_is_an_error_that_says_how_to_go_on(tmp_path):
         soundfile.write(tmp_path / "clips" / f"{n}.wav", rng.uniform(-1, 1, 66_150), 44_100)
     words = ("folder", tmp_path / "clips", tmp_path / "out", "--workers", 2, "--shard_mb", 0.1)
     process = start(*words)
-    wait_for_shards(process, tmp_path / "out", 2)
-    os.kill(psutil.Process(process.process.pid).children()[0].pid, signal.SIGKILL)
-    assert process.wait(60) == 1
+    try:
+        wait_for_shards(process, tmp_path / "out", 2)
+        os.kill(psutil.Process(process.process.pid).children()[0].pid, signal.SIGKILL)
+        assert process.wait(60) == 1
+    finally:
+        process.kill()  # pytest would wait at its exit for one that hangs
     _, text = process.texts()
     assert "error: a worker was killed" in text
     assert "Traceback" not in text
