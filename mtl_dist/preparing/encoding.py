@@ -140,6 +140,7 @@ class Workers:
         others = multiprocessing.active_children()
         self.pool.submit(os.getpid).result()  # all of them fork here, before there are threads
         self.processes = [p for p in multiprocessing.active_children() if p not in others]
+        self.pool._result_queue._writer.close()  # or half a result of the last one that died would be waited for
 
     def __enter__(self):
         return self
