@@ -10,7 +10,7 @@ from itertools import groupby
 import pyarrow as pa
 
 from mtl_dist.streams.sources import AUDIO_SUFFIXES, Source
-from mtl_dist.streams.tar_index import Member, RangeFile
+from mtl_dist.streams.tar_index import Member, RangeFile, read_member
 
 KEY = "__key__"
 ROWS_PER_BLOCK, BLOCK_BYTES = 16, 4 << 20
@@ -134,8 +134,7 @@ def _grouped(
                 raise ValueError(f"member {member.name}: the sample {key} has another {column}")
             parts[column] = member
             if columns.read(column):
-                file.seek(member.offset)
-                texts[column] = file.read(member.size)
+                texts[column] = read_member(file, member)
         yield key, parts, texts
 
 
