@@ -269,6 +269,10 @@ WRONG = {
         r"there is no column json.who .found: __key__, flac, json, json.speaker.; set columns.speaker",
     ),
     "twice": ([("a.flac", b"x"), ("a.FLAC", b"x")], {}, r"member a\.FLAC: the sample a has another flac"),
+    "apart": (
+        [("a.flac", b"x"), ("b.flac", b"x"), JSON, ("b.json", b"{}")], {},
+        "sample a comes twice; its members have to follow each other",
+    ),
     "empty": ([], {}, "there are no samples in it"),
     "no text": ([("a.flac", b"x"), ("a.txt", b"\xff")], {"label": "txt"}, "member a.txt is not text in UTF-8"),
 }  # fmt: skip

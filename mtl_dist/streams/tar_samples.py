@@ -99,8 +99,13 @@ def list_samples(
         ValueError: no samples, none with audio, or a member that is wrong, by its name.
     """
     columns, wanted = Columns(source), source.columns.get("audio")
-    rows, lines, there = [], [], set()
+    rows, lines, there, keys = [], [], set(), set()
     for key, parts, texts in _grouped(members, file, columns):
+        if key in keys:
+            raise ValueError(
+                f"sample {key} comes twice; its members have to follow each other: pack them with tar --sort=name"
+            )
+        keys.add(key)
         there |= parts.keys()
         lines += [f"{column} {m.offset} {m.size} {m.name}" for column, m in parts.items()]
         heard = [c for c in parts if c == wanted or (wanted is None and _is_audio(c))]
