@@ -104,6 +104,9 @@ def test_blocks_are_runs_of_samples_each_read_by_one_request(folder, monkeypatch
     assert all(end - start <= 40_512 for _, start, end in asked)
     assert [len(block) for block in sizes] == shards.rows.tolist()
     assert sum(map(sum, sizes)) > 0.6 * sum(end - start for _, start, end in asked)
+    for one, two, block in zip(asked[:-1], asked[1:], sizes[1:], strict=True):
+        if one[0] == two[0]:  # the next sample would have made it too long
+            assert two[1] + 512 + block[0] - one[1] - 512 > 40_000
     assert "train-00000.tar, samples 0 to " in shards.name(0)
     monkeypatch.setattr(tar_samples, "BLOCK_BYTES", 1 << 30)
     assert Shards.open("mine", str(folder)).rows.tolist() == [16, 16, 5, 3, 16, 4]
