@@ -170,8 +170,8 @@ def test_what_a_retry_cures_is_said_and_changes_nothing_and_a_slow_server_is_sai
     assert re.search(rf"WARNING: {SHARD}waiting for data for [\d.]+ s, attempt 1", done.stderr)
 
     *_, last = ends = entries(run, "round")[-6:]
-    assert sum(entry["time/data_wait_share"] for entry in ends) / len(ends) > 0.3
-    assert sum(entry["stream/rounds_ahead"] for entry in ends) / len(ends) < 1
+    assert sum(entry["time/data_wait_share"] for entry in ends) / len(ends) > 0.5
+    assert sum(entry["stream/rounds_ahead"] for entry in ends) / len(ends) < PARTS_AHEAD / 2
     for corpus in ("fsdkaggle2018", "librispeech"):
         assert last[f"stream/{corpus}/clips_per_second"] > 0
         assert last[f"stream/{corpus}/bytes_per_second"] > 0
@@ -199,7 +199,7 @@ def assert_all_ended_by_themselves(done, run, reason: str) -> None:
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr
     assert re.match(rf"error: {SHARD}.*{reason}", errors[0]), errors
-    assert errors[0].endswith("go on with --run.resume auto")
+    assert errors[0].endswith("(go on with --run.resume auto)")
     assert "Traceback" not in done.stderr
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["round"]) == ("failed", len(learned(run)))
@@ -214,9 +214,9 @@ def test_what_stays_ends_all_ranks_in_time_and_the_run_goes_on_as_if_nothing_had
     at_the_hub = [*told, *hub_corpora.words("lab", **REMOTE)]
     done_before = 0
     for fault, reason in ENDS:
-        fault = Fault(**vars(fault) | {"times": ENDLESS, "skip": late + 30})
+        fault = Fault(**vars(fault) | {"times": ENDLESS, "skip": late + 40})
         if fault.path != ".parquet":
-            fault.skip = server.opening["librispeech"] + 6
+            fault.skip = server.opening["librispeech"] + 20
         server.faults.append(fault)
         done = train(*at_the_hub)
         took = time.monotonic() - server.first_fault

@@ -8,6 +8,7 @@ Memory of a worker: one permutation per task and one round of float32 crops. Tes
 import dataclasses
 import itertools
 import signal
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -59,6 +60,8 @@ class Round:
     """By corpus, of all its clips in the round."""
     ahead: float = 0.0
     """How many rounds were ready when this one was asked for."""
+    waited: float = 0.0
+    """Seconds until it was there."""
     failure: str | None = None
     """Why this rank has no audio for it, if so; it has none for later ones either."""
     failure: str | None = None
@@ -261,11 +264,11 @@ class Rounds:
 
     def __next__(self) -> Round:
         """Wait for the next round."""
-        ahead = self.ahead()
+        ahead, began = self.ahead(), time.perf_counter()
         parts = [next(self.loader) for _ in range(self.parts)]
         assert len({part.number for part in parts}) == 1, "the loader asks its workers in turns"
         round_ = self.stream.join(parts)
-        round_.ahead = ahead
+        round_.ahead, round_.waited = ahead, time.perf_counter() - began
         return round_.pin_memory() if self.pin_memory else round_
 
     def ahead(self) -> float:
