@@ -171,3 +171,34 @@ def test_a_row_without_bytes_and_a_broken_flac_are_skipped_and_counted_by_row_an
     error = refused(*words(prepared, root, tmp_path / "strict", "--data.max_bad_share", "0.01"))
     assert "clips could not be used, more than data.max_bad_share 0.01; the last: " in error
     assert ", row group " in error
+
+
+def test_a_test_side_that_vanishes_ends_a_run_that_then_has_only_to_be_scored(
+    prepared, root, whole, tmp_path, monkeypatch
+):
+    victims, take_note = sorted(root.glob("test-*.parquet")), Monitor.round
+
+    def damaging(monitor, number, *arguments):
+        take_note(monitor, number, *arguments)
+        for path in victims if number == ROUNDS else []:
+            path.unlink()
+
+    run = tmp_path / "run"
+    told = words(prepared, root, run, "--run.resume", "auto")
+    with monkeypatch.context() as patch:
+        patch.setattr(Monitor, "round", damaging)
+        error = refused(*told)
+    assert re.match(rf"error: rank 0 on .*{root}/test-.*No such file", error)
+    assert not (run / "results.json").exists()
+    for path in victims:
+        shutil.copy(prepared / "FSDKaggle2018" / path.name, path)
+    ended = enter(*told)
+    assert ended.code == 0, ended.text
+    assert learned(run) == whole
+    assert (run / "results.json").exists()
+
+
+def test_a_patience_beyond_the_ranks_own_time_limit_is_refused(prepared, root, tmp_path):
+    error = refused(*words(prepared, root, tmp_path / "run", "--run.timeout_seconds", "160"))
+    assert "corpora.fsdkaggle2018.remote: a fault is borne for 160 s (patience_seconds 120" in error
+    assert "run.timeout_seconds 160" in error
