@@ -72,11 +72,11 @@ def run_round(
 ) -> RoundReport:
     """Forward, backward, clip and step; all ranks call it, and skip the step together if a loss is not finite.
 
-    Raises:
-        ShardError: on all ranks, before anything is done, where one of them has no audio for the round.
-
     `stop` is asked at the end of the round whether this rank was told to stop; one that was stops all. `phases` is told
     what this rank is doing.
+
+    Raises:
+        ShardError: on all ranks, before anything is done, where one of them has no audio for the round.
     """
     names, accelerator = list(tasks), engine.accelerator
     phases = phases or Phases()

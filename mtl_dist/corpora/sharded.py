@@ -27,7 +27,7 @@ class InShards:
     """Instead of root: Parquet of the Hub, of a disk or of a URL, such as [{path: openslr/librispeech_asr, config: clean,
     split: train.100, columns: {speaker: speaker_id}}]."""
     remote: Remote = dataclasses.field(default_factory=Remote)
-    """How shards are fetched over a network."""
+    """How shards are fetched, over a network or from a disk, and how long a fault is borne."""
 
     def from_shards(self, name: str, kind: str, splits: list[str] | None = None) -> Listing | None:
         """List the clips of `sources`, or of a prepared folder at `root`; None where there are neither.

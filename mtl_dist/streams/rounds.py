@@ -64,8 +64,6 @@ class Round:
     """Seconds until it was there."""
     failure: str | None = None
     """Why this rank has no audio for it, if so; it has none for later ones either."""
-    failure: str | None = None
-    """Why there is no audio in it, and will be none in later ones."""
 
     def pin_memory(self) -> "Round":
         """Let the loader move the batches to page-locked memory, from where a GPU fetches them by itself."""
@@ -93,7 +91,7 @@ class Part:
     bad: list[str] = dataclasses.field(default_factory=list)
     read: dict[str, Read] = dataclasses.field(default_factory=dict)
     failure: str | None = None
-    """Why it is not there; the last one then."""
+    """Why there is nothing in it, if so; it is the worker's last."""
 
 
 class RoundStream(IterableDataset):
