@@ -174,9 +174,10 @@ def test_what_a_retry_cures_is_said_and_changes_nothing_and_a_slow_server_is_sai
         assert re.search(pattern, done.stderr), (reason, done.stderr)
     assert re.search(rf"WARNING: {SHARD}waiting for data for [\d.]+ s, attempt 1", done.stderr)
 
-    *_, last = ends = entries(run, "round")[-6:]
-    assert sum(entry["time/data_wait_share"] for entry in ends) / len(ends) > 0.5
-    assert sum(entry["stream/rounds_ahead"] for entry in ends) / len(ends) < PARTS_AHEAD / 2
+    *_, last = slow = entries(run, "round")[ROUNDS // 2 :]
+    # the mean over two ranks, of which one waits for the other's data, would stay below
+    assert max(entry["time/data_wait_share"] for entry in slow) > 0.55
+    assert min(entry["stream/rounds_ahead"] for entry in slow) < PARTS_AHEAD / 2
     for corpus in ("fsdkaggle2018", "librispeech"):
         assert last[f"stream/{corpus}/clips_per_second"] > 0
         assert last[f"stream/{corpus}/bytes_per_second"] > 0
