@@ -40,7 +40,7 @@ class FromSources(abc.ABC):
     take; CSV manifests. Such as [{path: openslr/librispeech_asr, config: clean, split: train.100, columns: {speaker:
     speaker_id}}, {path: "tars/train-{00000..00007}.tar"}, {path: data/LibriSpeech}, {path: clips.csv}]."""
     remote: Remote = dataclasses.field(default_factory=Remote)
-    """How shards are fetched over a network."""
+    """How shards are fetched, over a network or from a disk, and how long a fault is borne."""
 
     @abc.abstractmethod
     def published(self, name: str, root: str | None, field: str) -> Listing:
