@@ -162,12 +162,14 @@ def evaluate(
 def examples(accelerator: Accelerator, model, experiment: Experiment, split: str, number: int):
     """Yield (task, place, {what it is: wave (T,)}) of the first `number` fixed clips of every task that shows some."""
     model.eval()
-    for name, task in experiment.tasks.items():
-        table = experiment.evaluation_table(name, split)
-        rows = fixed_rows(table, number, experiment.config.data.split_seed)
-        for place, (batch,) in enumerate(evaluation_batches(experiment, task, table, rows, [])):
-            outputs = forward(accelerator, model, name, batch)
-            waves = task.showcase(outputs, batch.to(accelerator.device))
-            if waves:
-                yield name, place, {what: wave.float().cpu() for what, wave in waves.items()}
-    model.train()
+    try:
+        for name, task in experiment.tasks.items():
+            table = experiment.evaluation_table(name, split)
+            rows = fixed_rows(table, number, experiment.config.data.split_seed)
+            for place, (batch,) in enumerate(evaluation_batches(experiment, task, table, rows, [])):
+                outputs = forward(accelerator, model, name, batch)
+                waves = task.showcase(outputs, batch.to(accelerator.device))
+                if waves:
+                    yield name, place, {what: wave.float().cpu() for what, wave in waves.items()}
+    finally:
+        model.train()

@@ -109,6 +109,10 @@ def build_experiment(config: Config, known: Mapping[str, Corpus] | None = None) 
         rate=config.data.sample_rate,
         silence_db=config.data.silence_db,
         peak=config.data.normalise == "peak",
+        spans={
+            name: torch.zeros(corpus.clips, dtype=torch.int64).share_memory_().numpy()
+            for name, corpus in corpora.items()
+        },
     )
     experiment = Experiment(config=config, corpora=corpora, tasks=tasks, reader=reader)
     for name in tasks:

@@ -11,7 +11,7 @@ from mtl_dist.streams.rounds import Read
 
 @dataclasses.dataclass(kw_only=True)
 class Flow:
-    """Sums over some rounds, over all ranks; `seconds` they took, `waited` of them for data, on the average of ranks."""
+    """Sums over some rounds, over all ranks; `seconds` they took, `waited` of them for data of the rank that came last."""
 
     rounds: int = 0
     seconds: float = 0.0
@@ -24,6 +24,7 @@ class Flow:
     def note(self, report: RoundReport) -> None:
         """Add a round, but for its time."""
         self.rounds += 1
+        self.waited += report.waited
         self.ahead += report.ahead
         self.clips += report.clips
         self.audio_seconds += report.audio_seconds

@@ -76,7 +76,6 @@ class Monitor:
     ) -> None:
         now = time.perf_counter()
         self.flow.seconds = max(now - self.since, 1e-9)
-        self.flow.waited = times["time/data"] * self.flow.rounds
         scalars = {"loss/total": report.total, "grad_norm": report.grad_norm}
         scalars |= {f"loss/{task}": loss for task, loss in report.losses.items()}
         scalars |= {f"count/{task}": count for task, count in report.counts.items()}

@@ -24,7 +24,8 @@ from mtl_dist.tasks.base import Task, TaskBatch
 class RoundReport:
     """What happened in a round, over all ranks. `losses` are means per term; `total` is their weighted sum.
 
-    `read` says what was heard of each corpus, `ahead` how many rounds a rank had ready, on the average.
+    `read` says what was heard of each corpus, `waited` for how many seconds the rank that waited longest had no data,
+    `ahead` how many rounds the rank that had fewest had ready: a round waits for them.
     """
 
     losses: dict[str, float]
@@ -36,6 +37,7 @@ class RoundReport:
     bad: list[str]
     stop: bool
     read: dict[str, Read] = dataclasses.field(default_factory=dict)
+    waited: float = 0.0
     ahead: float = 0.0
     nonfinite: list[str] = dataclasses.field(default_factory=list)
     """"task: clip, clip" for every task whose loss is not finite, or the gradient that is not."""
@@ -70,24 +72,25 @@ def run_round(
 ) -> RoundReport:
     """Forward, backward, clip and step; all ranks call it, and skip the step together if a loss is not finite.
 
-    Raises:
-        ShardError: on all ranks, before anything is done, where one of them has no audio for the round.
-
     `stop` is asked at the end of the round whether this rank was told to stop; one that was stops all. `phases` is told
     what this rank is doing.
+
+    Raises:
+        ShardError: on all ranks, before anything is done, where one of them has no audio for the round.
     """
     names, accelerator = list(tasks), engine.accelerator
     phases = phases or Phases()
     counts = [sum(tasks[n].count(m.batch) for m in round_.micro_batches[n]) for n in names]
-    extra = [round_.failure is not None, round_.clips, round_.audio_seconds]
-    extra += [len(round_.bad), round_.ahead]
+    extra = [round_.failure is not None, round_.clips, round_.audio_seconds, len(round_.bad)]
     extra += [number for read in round_.read.values() for number in read]
+    waits = torch.zeros(accelerator.num_processes, 2, dtype=torch.float64)
+    waits[accelerator.process_index] = torch.tensor([round_.waited, round_.ahead])
+    own = torch.cat([torch.tensor([*counts, *extra], dtype=torch.float64), waits.flatten()])
     phases.enter("collective")
-    facts = sum_over_ranks(
-        accelerator, torch.tensor([*counts, *extra], dtype=torch.float64)
-    ).tolist()
-    count_of = dict(zip(names, facts, strict=False))
-    failed, clips, audio_seconds, bad, ahead, *read = facts[len(names) :]
+    facts, waits = sum_over_ranks(accelerator, own).split([len(own) - waits.numel(), waits.numel()])
+    waited, ahead = waits.view(-1, 2).T
+    failed, clips, audio_seconds, bad, *read = facts[len(names) :].tolist()
+    count_of = dict(zip(names, facts.tolist(), strict=False))
     if failed:
         fail_together(accelerator, round_.failure)
 
@@ -134,7 +137,8 @@ def run_round(
         read=dict(
             zip(round_.read, map(Read._make, zip(*[iter(read)] * 2, strict=True)), strict=True)
         ),
-        ahead=ahead / accelerator.num_processes,
+        waited=float(waited.max()),
+        ahead=float(ahead.min()),
         nonfinite=nonfinite,
     )
 

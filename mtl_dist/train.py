@@ -111,4 +111,4 @@ if __name__ == "__main__":
     except (ConfigError, LaunchError, TrainingError) as error:
         sys.exit(f"error: {error}")
     except ShardError as error:
-        sys.exit(f"error: {error}, and go on with --run.resume auto")
+        sys.exit(f"error: {error} (go on with --run.resume auto)")

@@ -14,18 +14,32 @@ import torch
 from hub_fixtures import client, copy_of_hub, hub, opened  # noqa: F401
 
 torch.set_num_threads(1)
-LONGEST = ("test_slurm.py", "test_demo.py", "test_failures.py")
+LONGEST = (
+    "slurm",
+    "demo",
+    "launch",
+    "failures",
+    "readme",
+    "engines",
+    "hub",
+    "resume",
+    "bad_launch",
+    "watchdog",
+)
 
 
 def pytest_collection_modifyitems(items):
     """Begin with the files that take longest, so that no worker is left alone with one of them at the end."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    place = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory):
-    """Keep made-up corpora (root: synthetic) out of the home folder."""
-    folder = tmp_path_factory.mktemp("cache")
+    """Keep made-up corpora (root: synthetic) out of the home folder; pytest's own workers share them."""
+    several = "PYTEST_XDIST_WORKER" in os.environ
+    folder = tmp_path_factory.getbasetemp().parent / "cache" if several else None
+    folder = folder or tmp_path_factory.mktemp("cache")
     os.environ["MTL_DIST_CACHE"] = str(folder)
     return folder
 

@@ -12,9 +12,9 @@ import tiny
 
 from mtl_dist import cli
 from mtl_dist.audio.clips import ClipReader
-from mtl_dist.audio.reading import BadClipError, WaveFile, open_clip, read_frames
+from mtl_dist.audio.reading import BadClipError, WaveFile, open_clip, read_frames, sounding_span
 from mtl_dist.config import load_config
-from mtl_dist.experiment import build_experiment
+from mtl_dist.experiment import Experiment, build_experiment
 from mtl_dist.runtime import World
 
 
@@ -69,15 +69,19 @@ def quiet_ends(tmp_path_factory):
 
 def spoken(root, corpora_root, *words: str) -> dict[str, str]:
     """What a rank hears of each clip in the first epoch of next-step prediction."""
-    chosen = ["--train.tasks", "[next_step]", "--train.main_task", "next_step"]
-    chosen += ["--tasks.next_step.sources", "[librispeech]"]
-    chosen += ["--corpora.librispeech.root", str(root), *words]
-    config = load_config([*tiny.tiny_words(corpora_root), *chosen])
     first: dict[str, str] = {}
-    for told in sharded.heard(build_experiment(config), World(), 3, workers=0):
+    for told in sharded.heard(experiment_of(root, corpora_root, *words), World(), 3, workers=0):
         for clip, digest in told["next_step"]:
             first.setdefault(clip, digest)
     return first
+
+
+def experiment_of(root, corpora_root, *words: str) -> Experiment:
+    """Next-step prediction alone, on the speech below `root`."""
+    chosen = ["--train.tasks", "[next_step]", "--train.main_task", "next_step"]
+    chosen += ["--tasks.next_step.sources", "[librispeech]"]
+    chosen += ["--corpora.librispeech.root", str(root), *words]
+    return build_experiment(load_config([*tiny.tiny_words(corpora_root), *chosen]))
 
 
 @pytest.mark.parametrize("encoding", ["flac", "wav"])
@@ -134,3 +138,22 @@ def test_a_known_span_is_used_only_at_its_own_level():
     rng = np.random.default_rng(0)
     assert len(ClipReader().crop(row, 32_000, rng).wave) == 500
     assert len(ClipReader(silence_db=-50.0).crop(row, 32_000, rng).wave) == 8000
+
+
+def test_a_span_is_heard_once_by_all_workers_and_crops_stay_the_same(
+    quiet_ends, corpora_root, monkeypatch
+):
+    """A file is 15 to 30 thousand samples of silence and 1,600 to 8,000 of sound: a wrong span would be another crop."""
+    folder = experiment_of(quiet_ends, corpora_root)
+    listens = []
+
+    def once(file, silence_db):
+        listens.append(file)
+        return sounding_span(file, silence_db)
+
+    monkeypatch.setattr("mtl_dist.audio.clips.sounding_span", once)
+    first = sharded.heard(folder, World(), 4, workers=2)
+    assert not listens  # but in the workers
+    assert all(folder.reader.spans["librispeech"][: len(folder.table("next_step"))])
+    assert sharded.heard(folder, World(), 4, workers=0) == first
+    assert not listens

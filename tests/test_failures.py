@@ -9,6 +9,7 @@ import sys
 import pytest
 import tiny
 import torch
+import worlds
 
 sys.path.insert(0, str(tiny.REPOSITORY / "benchmarks"))
 
@@ -23,8 +24,9 @@ def out(corpora_root, tmp_path_factory):
     """A folder with the corpora and a run that nobody killed."""
     folder = tmp_path_factory.mktemp("failures")
     (folder / "corpora").symlink_to(corpora_root)
-    launcher = failures.launch(folder, folder / "uninterrupted", ROUNDS)
-    assert launcher.wait(timeout=failures.BACK_SECONDS) == 0
+    words = failures.words(folder, folder / "uninterrupted", ROUNDS)
+    ended = worlds.launch(failures.FILE, "mtl_dist/train.py", *words)
+    assert ended.returncode == 0, ended.stderr[-3000:]
     return folder
 
 
@@ -35,8 +37,8 @@ def assert_learned_the_same(run, out) -> None:
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
 
 
-def test_every_process_killed_three_times_over(out):
-    assert_learned_the_same(failures.kill_all(out, 3, ROUNDS, random.Random(1)), out)
+def test_every_process_killed_twice_over(out):
+    assert_learned_the_same(failures.kill_all(out, 2, ROUNDS, random.Random(1)), out)
 
 
 def test_rank_0_killed_under_a_launcher_that_restarts(out):

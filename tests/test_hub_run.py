@@ -23,7 +23,6 @@ from mtl_dist.streams.rounds import PARTS_AHEAD
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 ENTRY = "mtl_dist/train.py"
-LAUNCH = ("-m", "accelerate.commands.launch", "--config_file")
 TOKEN = "hf_aVerySecretToken"
 ROUNDS, BATCH = 24, 4
 REMOTE = {"timeout_seconds": 1.0, "patience_seconds": 2.0, "first_wait_seconds": 0.05}
@@ -56,8 +55,16 @@ def words(corpora, run, *more: str) -> list[str]:
     return tiny.tiny_words(corpora, *lengths, *few, "--run.dir", str(run), *more)
 
 
-def train(*more: str, **environment: str):
-    return worlds.launch("two_cpu_processes", ENTRY, *more, HF_TOKEN=TOKEN, **environment)
+def launch(*more: str):
+    """Launch two ranks as a user does."""
+    file = str(tiny.REPOSITORY / "launch_configs/two_cpu_processes.yaml")
+    script = ["-m", "accelerate.commands.launch", "--config_file", file, ENTRY]
+    return tiny.run_process([*script, *more], HF_TOKEN=TOKEN)
+
+
+def train(*more: str):
+    """Start the same two ranks without a launcher, which takes less time."""
+    return worlds.launch("two_cpu_processes", ENTRY, *more, HF_TOKEN=TOKEN)
 
 
 def learned(run) -> list[dict]:
@@ -116,9 +123,7 @@ def test_a_launched_run_from_a_private_repository_is_the_run_from_local_files_by
     server, local, experiment, corpora_root, tmp_path
 ):
     run = tmp_path / "run"
-    launch_file = str(tiny.REPOSITORY / "launch_configs/two_cpu_processes.yaml")
-    told = words(corpora_root, run, *hub_corpora.words("lab"))
-    done = tiny.run_process([*LAUNCH, launch_file, ENTRY, *told], HF_TOKEN=TOKEN)
+    done = launch(*words(corpora_root, run, *hub_corpora.words("lab")))
     assert done.returncode == 0, done.stderr
     assert learned(run) == learned(local)
     results = [json.loads((folder / "results.json").read_text()) for folder in (run, local)]
@@ -169,9 +174,10 @@ def test_what_a_retry_cures_is_said_and_changes_nothing_and_a_slow_server_is_sai
         assert re.search(pattern, done.stderr), (reason, done.stderr)
     assert re.search(rf"WARNING: {SHARD}waiting for data for [\d.]+ s, attempt 1", done.stderr)
 
-    *_, last = ends = entries(run, "round")[-6:]
-    assert sum(entry["time/data_wait_share"] for entry in ends) / len(ends) > 0.3
-    assert sum(entry["stream/rounds_ahead"] for entry in ends) / len(ends) < 1
+    *_, last = slow = entries(run, "round")[ROUNDS // 2 :]
+    # the mean over two ranks, of which one waits for the other's data, would stay below
+    assert max(entry["time/data_wait_share"] for entry in slow) > 0.55
+    assert min(entry["stream/rounds_ahead"] for entry in slow) < PARTS_AHEAD / 2
     for corpus in ("fsdkaggle2018", "librispeech"):
         assert last[f"stream/{corpus}/clips_per_second"] > 0
         assert last[f"stream/{corpus}/bytes_per_second"] > 0
@@ -199,8 +205,8 @@ def assert_all_ended_by_themselves(done, run, reason: str) -> None:
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr
     assert re.match(rf"error: {SHARD}.*{reason}", errors[0]), errors
-    assert errors[0].endswith("go on with --run.resume auto")
-    assert "Traceback" not in done.stderr
+    assert errors[0].endswith("(go on with --run.resume auto)")
+    assert "[rank" not in done.stderr  # torch's mark of a traceback
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["round"]) == ("failed", len(learned(run)))
     assert (run / f"checkpoints/round_{status['round']:08d}/COMPLETE").is_file()
@@ -214,11 +220,11 @@ def test_what_stays_ends_all_ranks_in_time_and_the_run_goes_on_as_if_nothing_had
     at_the_hub = [*told, *hub_corpora.words("lab", **REMOTE)]
     done_before = 0
     for fault, reason in ENDS:
-        fault = Fault(**vars(fault) | {"times": ENDLESS, "skip": late + 30})
+        fault = Fault(**vars(fault) | {"times": ENDLESS, "skip": late + 40})
         if fault.path != ".parquet":
-            fault.skip = server.opening["librispeech"] + 6
+            fault.skip = server.opening["librispeech"] + 20
         server.faults.append(fault)
-        done = train(*at_the_hub)
+        done = (launch if fault.kind == "stall" else train)(*at_the_hub)
         took = time.monotonic() - server.first_fault
         assert_all_ended_by_themselves(done, run, reason)
         print(f"{reason}: {took:.1f} s after the fault, after round {len(learned(run))}")
@@ -234,11 +240,11 @@ def test_what_stays_ends_all_ranks_in_time_and_the_run_goes_on_as_if_nothing_had
     on_disk = [*told, *hub_corpora.words(disk, **REMOTE)]
     script = str(tiny.REPOSITORY / "tests/workers/stalling_disk.py")
     done = worlds.launch("two_cpu_processes", script, "1", "6", *on_disk)
-    (moved,) = disk.rglob("*.moved")
     assert_all_ended_by_themselves(done, run, "TimeoutError: no answer in .*gave up after attempt")
-    assert "error: rank 1 on" in done.stderr
-    assert moved.name.removesuffix(".moved") in done.stderr
-    moved.rename(moved.with_suffix(""))
+    stalled = [path for path in disk.rglob("*.parquet") if path.is_fifo()]
+    assert any(f"{path}, row group" in done.stderr for path in stalled)
+    for path in stalled:
+        path.with_suffix(".parquet.moved").rename(path)
     assert done_before < len(learned(run)) < ROUNDS
 
     done = train(*on_disk, "--data.workers", "0")

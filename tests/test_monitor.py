@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import math
+import re
 
 import pytest
 import tiny
@@ -15,6 +16,7 @@ from mtl_dist.evaluation import Evaluation
 from mtl_dist.monitor import Monitor
 from mtl_dist.round import RoundReport
 from mtl_dist.run_folder import RunFolder
+from mtl_dist.streams.rounds import Read
 
 TIMES = {"time/data": 0.01, "time/slowest_rank": 3}
 
@@ -34,6 +36,9 @@ def report(loss: float) -> RoundReport:
         audio_seconds=2.0,
         bad=[],
         stop=False,
+        read={"speech": Read(8, 4_000_000)},
+        ahead=1.5,
+        waited=0.01,
     )
 
 
@@ -133,9 +138,15 @@ def test_elsewhere_progress_is_plain_lines(make_monitor, monkeypatch):
     pipe = io.StringIO()
     monkeypatch.setattr("sys.stderr", pipe)
     train(make_monitor(), 1, 6, loss=2.0)
-    first, *_, last = pipe.getvalue().splitlines()
-    assert first == "epoch 1, round 1/6: loss 2.2, audio_tagging 2, next_step 0.2"
+    first, *_, last, flow = pipe.getvalue().splitlines()
+    assert first.startswith(
+        "epoch 1, round 1/6: loss 2.2, audio_tagging 2, next_step 0.2, waiting for data "
+    )
     assert last.startswith("epoch 2, round 6/6: ")
+    assert re.fullmatch(
+        r"epoch 2: waiting for data \d+% of [\d.]+ s; 1.5 rounds ready ahead; speech [\d.e+]+ clips/s, [\d.e+]+ MB/s",
+        flow,
+    )
     assert "\r" not in pipe.getvalue()
 
 

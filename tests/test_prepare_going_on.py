@@ -1,8 +1,11 @@
 """`mtl-dist prepare` that was killed or ran out of disk goes on where it was, and ends with the same bytes."""
 
+import multiprocessing
 import os
 import signal
 import time
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ import worlds
 from preparation import SMALL, files_of, prepare, refused, write_clips
 
 from mtl_dist import prepare as preparing
+from mtl_dist.preparing import encoding
 
 
 @pytest.fixture
@@ -137,9 +141,44 @@ def test_a_worker_that_is_killed_is_an_error_that_says_how_to_go_on(tmp_path):
         soundfile.write(tmp_path / "clips" / f"{n}.wav", rng.uniform(-1, 1, 66_150), 44_100)
     words = ("folder", tmp_path / "clips", tmp_path / "out", "--workers", 2, "--shard_mb", 0.1)
     process = start(*words)
-    wait_for_shards(process, tmp_path / "out", 2)
-    os.kill(psutil.Process(process.process.pid).children()[0].pid, signal.SIGKILL)
-    assert process.wait(60) == 1
+    try:
+        wait_for_shards(process, tmp_path / "out", 2)
+        os.kill(psutil.Process(process.process.pid).children()[0].pid, signal.SIGKILL)
+        assert process.wait(60) == 1
+    finally:
+        process.kill()  # pytest would wait at its exit for one that hangs
     _, text = process.texts()
     assert "error: a worker was killed" in text
     assert "Traceback" not in text
+
+
+def die_while_sending(task: int) -> bytes:
+    """Return a megabyte; of task 3 a half arrives, and the process is killed."""
+
+    def half(connection, data):
+        os.write(connection.fileno(), data[: len(data) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if task == 3:
+        Connection._send = half
+    return bytes(1_000_000)
+
+
+def results_of_a_killed_worker(queue) -> None:
+    with encoding.Workers(2) as workers:
+        try:
+            queue.put(len(list(workers.in_order(die_while_sending, range(20)))))
+        except BrokenProcessPool:
+            queue.put("broken")
+
+
+def test_a_worker_killed_while_it_sends_does_not_leave_the_others_waiting():
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=results_of_a_killed_worker, args=(queue,))
+    process.start()
+    process.join(20)
+    stuck = process.is_alive()
+    process.kill()
+    assert not stuck
+    assert queue.get(timeout=1) == "broken"

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import tars
 import worlds
 
 from mtl_dist.audio.clips import ClipReader
@@ -63,9 +64,15 @@ def folder(tmp_path_factory):
     audio = made / "FSDKaggle2018/FSDKaggle2018.audio_train"
     lines = ["path,label", *(f"{audio / name},{label}" for name, label in rows)]
     (folder / "clips.csv").write_text("\n".join(lines) + "\n")
-    (folder / "mine.yaml").write_text(
-        next(b for b in blocks("yaml") if b.startswith("# mine.yaml"))
-    )
+    utterances = sorted((made / "LibriSpeech").rglob("*.flac"))
+    for number in range(3):
+        files = []
+        for path in utterances[number::3]:
+            about = json.dumps({"reader": path.name.partition("-")[0]}).encode()
+            files += [(path.name, path.read_bytes()), (f"{path.stem}.json", about)]
+        tars.pack(folder / f"tars/train-{number:05d}.tar", files)
+    for name in ("mine.yaml", "mixed.yaml"):
+        (folder / name).write_text(next(b for b in blocks("yaml") if b.startswith(f"# {name}")))
     (folder / "infill.py").write_text(
         next(b for b in blocks("python") if b.startswith("# infill.py"))
     )

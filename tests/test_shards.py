@@ -12,6 +12,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from parquet_files import AUDIO, FAST, GROUPS, all_audio, audio_of, write, write_table
 
+from mtl_dist.streams import shard_file
 from mtl_dist.streams.retry import Remote, ShardError
 from mtl_dist.streams.shards import Shards
 from mtl_dist.streams.sources import Source
@@ -109,6 +110,17 @@ def test_the_object_works_in_other_processes_that_list_nothing(folder, method):
 def test_the_object_is_small(tmp_path):
     write(tmp_path / "corpus", [[1] * 400] * 2)
     assert len(pickle.dumps(Shards.open("mine", str(tmp_path / "corpus")))) < 300 * 800
+
+
+def test_a_footer_is_parsed_once_however_often_blocks_of_its_file_are_read(tmp_path, monkeypatch):
+    write(tmp_path / "corpus", [[1, 1]] * 40)
+    parse, parsed = shard_file.parse_footer, []
+    monkeypatch.setattr(shard_file, "parse_footer", lambda f: (parsed.append(f), parse(f))[1])
+    shards = pickle.loads(pickle.dumps(Shards.open("mine", str(tmp_path / "corpus"))))
+    parsed.clear()
+    for block in [*range(len(shards))] * 2:
+        shards.read(block)
+    assert len(parsed) == 40
 
 
 def test_the_hubs_types_become_ours(tmp_path):

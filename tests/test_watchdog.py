@@ -145,34 +145,48 @@ def test_after_an_error_a_process_ends_even_if_its_exit_hangs():
     assert "RuntimeError: lost" in done.stderr
 
 
-def hang(corpora, run, rank: int, how: str, round_: int):
-    """Two ranks, of which `rank` hangs: ([exit code or None for one that is frozen], [stderr], seconds of the last)."""
+HANGS = [(1, "start", 0), (1, "data", 3), (1, "validation", 4), (0, "frozen", 3)]
+"""(rank, how, round)."""
+
+
+def hang(corpora, run, rank: int, how: str, round_: int) -> list[worlds.Rank]:
+    """Start two ranks, of which `rank` hangs."""
     words = ["--run.timeout_seconds", str(LIMIT), "--run.dir", str(run)]
     script = ["tests/workers/hanging.py", str(rank), how, str(round_)]
     file = ["--config_file", str(tiny.REPOSITORY / "launch_configs/two_cpu_processes.yaml")]
-    ranks = worlds.start([*file, *script, *tiny.tiny_words(corpora, *words)])
-    alive = [n for n in range(2) if how != "frozen" or n != rank]
+    return worlds.start([*file, *script, *tiny.tiny_words(corpora, *words)])
+
+
+@pytest.fixture(scope="module")
+def hung(corpora_root, tmp_path_factory):
+    """{which of HANGS: ([exit code or None for a frozen rank], [stderr], seconds of the last)}; all at once, as all wait."""
+    out, ended, found = tmp_path_factory.mktemp("hangs"), {}, {}
+    running = {case: hang(corpora_root, out / case[1], *case) for case in HANGS}
+    until = time.monotonic() + 150
     try:
-        for n in alive:
-            ranks[n].wait(timeout=120)
-        ended = time.time()
-        codes = [ranks[n].poll() for n in range(2)]
+        while len(ended) < len(HANGS):
+            assert time.monotonic() < until, f"only {[*ended]} have ended"
+            for case in running.keys() - ended.keys():
+                alive = [n for n in range(2) if case[1] != "frozen" or n != case[0]]
+                if all(running[case][n].poll() is not None for n in alive):
+                    ended[case] = time.time()
+            time.sleep(0.05)
+        codes = {case: [rank.poll() for rank in ranks] for case, ranks in running.items()}
     finally:
-        for process in ranks:
-            process.kill()
-    texts = [process.texts() for process in ranks]
-    began = float(texts[rank][0].split("hangs since ")[1].split()[0])
-    return codes, [error for _, error in texts], ended - began
+        for rank in (rank for ranks in running.values() for rank in ranks):
+            rank.kill()
+    for case, ranks in running.items():
+        texts = [rank.texts() for rank in ranks]
+        began = float(texts[case[0]][0].split("hangs since ")[1].split()[0])
+        found[case] = codes[case], [error for _, error in texts], ended[case] - began
+    return found
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize(
-    ("rank", "how", "round_"),
-    [(1, "start", 0), (1, "data", 3), (1, "validation", 4), (0, "frozen", 3)],
-)
-def test_a_run_with_a_hanging_rank_names_it_and_ends(corpora_root, tmp_path, rank, how, round_):
-    codes, texts, seconds = hang(corpora_root, tmp_path / "run", rank, how, round_)
+@pytest.mark.parametrize(("rank", "how", "round_"), HANGS)
+def test_a_run_with_a_hanging_rank_names_it_and_ends(hung, rank, how, round_):
+    codes, texts, seconds = hung[rank, how, round_]
     named = [line for text in texts for line in text.splitlines() if " hangs in " in line]
     assert len(named) == 1, texts
     phase = "data" if how == "frozen" else how

@@ -76,7 +76,10 @@ def _become(words: list[str], environment: dict, cwd: str, streams: list[str]) -
 
 
 def start(words: list[str], cwd: Path = tiny.REPOSITORY, **environment: str) -> list[Rank]:
-    """Start what `accelerate launch words` would start, to meet at a store that this process keeps as a launcher does."""
+    """Start what `accelerate launch words` would start, on all nodes.
+
+    They meet at a store that this process keeps as a launcher does.
+    """
     parsed = launcher.launch_command_parser().parse_args(words)
     arguments, defaults, _ = launcher._validate_launch_command(parsed)
     script = [*(["-m"] if arguments.module else []), arguments.training_script]
@@ -89,12 +92,12 @@ def start(words: list[str], cwd: Path = tiny.REPOSITORY, **environment: str) -> 
         environment = prepare_deepspeed_cmd_env(arguments)[1] | environment
     else:
         environment = prepare_multi_gpu_env(arguments) | environment
-    size = str(arguments.num_processes)
+    size, on_a_node = arguments.num_processes, arguments.num_processes // arguments.num_machines
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-    environment |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    environment |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(on_a_node)}
     environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
-    places = [{"RANK": str(n), "LOCAL_RANK": str(n)} for n in range(int(size))]
+    places = [{"RANK": str(n), "LOCAL_RANK": str(n % on_a_node)} for n in range(size)]
     ranks = [Rank(script, environment | place, cwd) for place in places]
     ranks[0].store = store  # lives as long as they do
     return ranks

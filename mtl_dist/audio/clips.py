@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import soundfile
@@ -26,11 +27,16 @@ class Clip:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClipReader:
-    """How rows become clips. `rate` in Hz, `silence_db` in dBFS, `peak`: scale each clip by its largest magnitude."""
+    """How rows become clips. `rate` in Hz, `silence_db` in dBFS, `peak`: scale each clip by its largest magnitude.
+
+    `spans` is {corpus: int64 (rows,)}, zeros at first: where the sound of each row lies, once it was heard. In memory that
+    is shared it serves a process and the loader workers that it forks.
+    """
 
     rate: int = 16_000
     silence_db: float = -60.0
     peak: bool = True
+    spans: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def crop(self, row: dict, samples: int, generator: np.random.Generator) -> Clip:
         """Cut `samples` samples at a random place of the sounding part, or all of it if that is shorter."""
@@ -64,7 +70,15 @@ class ClipReader:
         """Return the sounding part as the row says, if it was found for the same `silence_db`, or as it is heard."""
         if row.get("silence_db") == self.silence_db:
             return row["sound_start"], row["sound_stop"]
-        return sounding_span(file, self.silence_db)
+        heard = self.spans.get(row.get("corpus"))
+        if heard is None:
+            return sounding_span(file, self.silence_db)
+        if not heard[row["number"]]:
+            start, stop = sounding_span(file, self.silence_db)
+            heard[row["number"]] = (
+                start << 32 | stop
+            )  # in one piece: others read while this is written
+        return divmod(int(heard[row["number"]]), 1 << 32)
 
     def _clip(self, row: dict, wave: np.ndarray) -> Clip:
         wave = peak_normalise(wave) if self.peak else np.clip(wave, -1.0, 1.0)

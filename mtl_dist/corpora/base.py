@@ -1,9 +1,9 @@
 """What a corpus is: rows per split in a Hugging Face `datasets` table, read by name through a registry.
 
-A row is {"id", "audio": {"path", "bytes"}, "label", "split", "corpus", "source", "block", "place", and SOUND}; audio
-stays a path, or lies in the corpus' shards, until a task needs a stretch of it: a block of -1 says that the clip has a file
-of its own, here or at a URL. A new kind of corpus is a dataclass with a `load` and @register_corpus("its_name"). Tested by
-tests/test_corpora.py.
+A row is {"id", "audio": {"path", "bytes"}, "label", "split", "corpus", "number" (within the corpus), "source", "block",
+"place", and SOUND}; audio stays a path, or lies in the corpus' shards, until a task needs a stretch of it: a block of -1
+says that the clip has a file of its own, here or at a URL. A new kind of corpus is a dataclass with a `load` and
+@register_corpus("its_name"). Tested by tests/test_corpora.py.
 """
 
 import csv
@@ -25,6 +25,7 @@ FEATURES = datasets.Features(
         "label": datasets.Value("int64"),
         "split": datasets.Value("string"),
         "corpus": datasets.Value("string"),
+        "number": datasets.Value("int64"),
         "source": datasets.Value("int64"),
         "block": datasets.Value("int64"),
         "place": datasets.Value("int64"),
@@ -82,6 +83,11 @@ class Corpus:
     weights: list[float] | None = None
     """The shares that the sources have of the corpus' clips in a round, by their numbers; None for all clips alike."""
 
+    @property
+    def clips(self) -> int:
+        """Number of clips of all splits."""
+        return sum(map(len, self.splits.values()))
+
     def describe(self) -> str:
         """One line for the log."""
         sizes = ", ".join(f"{len(rows)} {split}" for split, rows in self.splits.items())
@@ -136,6 +142,7 @@ def make_corpus(
                 "label": index[row["label"]] if classes else -1,
                 "split": row["split"],
                 "corpus": name,
+                "number": len(seen) - 1,
                 "source": row.get("source", 0),
                 "block": row.get("block", -1),
                 "place": row.get("place", 0),

@@ -102,6 +102,12 @@ def _folders(root: Path) -> str:
 
 def _hold_out(rows: dict[str, dict], share: float, split_seed: int, name: str) -> dict[str, str]:
     """Return {clip id: "validation" or "test"} for the speakers that are not trained on."""
+    nameless = [clip for clip, row in rows.items() if not row["speaker"]]
+    if nameless:
+        raise ValueError(
+            f"corpora.{name}: {len(nameless)} clips have no speaker, such as {nameless[0]}, and speakers are held out; name "
+            "the column that says it by columns.speaker of the source"
+        )
     speakers = {row["speaker"] for row in rows.values()}
     if len(speakers) < 3:
         raise ValueError(

@@ -7,6 +7,7 @@ and tests/test_one_notation.py.
 import abc
 import dataclasses
 import json
+import re
 from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
@@ -19,10 +20,12 @@ from mtl_dist.corpora.synthetic import SYNTHETIC
 from mtl_dist.streams.fetch import Remote
 from mtl_dist.streams.retry import ShardError
 from mtl_dist.streams.shards import Shards
-from mtl_dist.streams.sources import AUDIO_SUFFIXES, COMPRESSED, GLOB, SHARDS, Source
+from mtl_dist.streams.sources import AUDIO_SUFFIXES, COMPRESSED, SHARDS, Source
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+NOT_A_FOLDER = re.compile(r"^hf://|[*?\[{]|\.(parquet|tar|tar\.\w+)$")
+"""What is shards for sure; of a prepared folder on the Hub only the Parquet is looked at."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -38,7 +41,7 @@ class FromSources(abc.ABC):
     train.100, columns: {speaker: speaker_id}}, {path: "tars/train-{00000..00007}.tar"}, {path: data/LibriSpeech}, {path:
     clips.csv}], or [{path: chimechallenge/chime3-background-noise}]."""
     remote: Remote = dataclasses.field(default_factory=Remote)
-    """How shards and audio files are fetched over a network."""
+    """How shards and audio files are fetched, over a network or from a disk, and how long a fault is borne."""
 
     @abc.abstractmethod
     def published(self, name: str, root: str | None, field: str) -> Listing:
@@ -95,8 +98,10 @@ class FromSources(abc.ABC):
         if source.path.endswith(".csv"):
             table = Path(source.path).expanduser()
             return read_manifest(table, None, field, source.columns), []
-        if not (source.config or source.split or source.on_hub() or GLOB.search(source.path)):
-            if not source.path.startswith("hf://") and is_prepared(source.path):
+        if not (
+            source.config or source.split or source.on_hub() or NOT_A_FOLDER.search(source.path)
+        ):
+            if is_prepared(source.path):
                 about = _manifest(field, source.path, kind, splits)
                 paths = [f"{source.path}/{split}-*.parquet" for split in about["splits"]]
                 known = Listing(rows=[], classes=about["classes"], in_pieces=kind == "chime3")

@@ -9,7 +9,8 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import wait as wait_for
 from multiprocessing.connection import wait
 
 import numpy as np
@@ -25,6 +26,9 @@ STRETCH_SECONDS = 60
 
 CHUNK_ROWS, CHUNK_SECONDS = 8, 120
 """How much a process is handed at a time: so many pieces, or what makes up so many seconds."""
+
+LOOK_SECONDS = 1.0
+"""How often it is seen to that all processes live."""
 
 AHEAD = 4
 """Chunks per process that are handed out before the first of them is back."""
@@ -133,7 +137,10 @@ class Workers:
         self.count = count
         context = multiprocessing.get_context("fork")
         self.pool = ProcessPoolExecutor(count, context, initializer=_end_with_parent)
+        others = multiprocessing.active_children()
         self.pool.submit(os.getpid).result()  # all of them fork here, before there are threads
+        self.processes = [p for p in multiprocessing.active_children() if p not in others]
+        self.pool._result_queue._writer.close()  # or half a result of the last one that died would be waited for
 
     def __enter__(self):
         return self
@@ -151,10 +158,18 @@ class Workers:
         for task in itertools.islice(tasks, AHEAD * self.count):
             waiting.append(self.pool.submit(function, task))
         while waiting:
-            result = waiting.popleft().result()
+            result = self._result(waiting.popleft())
             for task in itertools.islice(tasks, 1):
                 waiting.append(self.pool.submit(function, task))
             yield result
+
+    def _result(self, future: Future):
+        """Wait for a result. A process that is killed while it sends one would leave the pool waiting for the rest of it."""
+        while not wait_for([future], LOOK_SECONDS).done:
+            if not all(process.is_alive() for process in self.processes):
+                for process in self.processes:
+                    process.kill()  # and now the pool sees its pipe end
+        return future.result()
 
 
 def _end_with_parent() -> None:

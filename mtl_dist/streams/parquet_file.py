@@ -27,8 +27,9 @@ from mtl_dist.streams.retry import HopelessError, Remote
 from mtl_dist.streams.shard_file import Ask, Audio, ShardFile
 from mtl_dist.streams.sources import Source
 
-FOOTERS = 32
-"""Files of which a process keeps the parsed footer."""
+FOOTERS = 256
+"""Files of which a process keeps the parsed footer, about 0.3 MB each: parsed again for every block they cost more, because
+what they leave behind cuts up the heap."""
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)

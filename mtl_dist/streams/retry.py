@@ -1,7 +1,7 @@
 """The one layer that retries what is read from afar: exponential back-off, in the log, and an end in bounded time.
 
 An attempt raises TryAgainError for what another attempt may cure and HopelessError for what none will; `persist` makes
-a ShardError of what is left, which names rank, host, corpus and shard. Tested by tests/test_hub.py.
+a ShardError of what is left, which names rank, host, corpus and shard. Tested by tests/test_hub_faults.py.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ class Remote:
 
 
 def persist(attempt: Callable[[], Result], remote: Remote, rank: int | None, what: str) -> Result:
-    """Call `attempt` until it works; `what` names corpus and shard.
+    """Call `attempt` until it works; `what` names corpus and shard. The log says what is waited for while it lasts.
 
     Raises:
         ShardError: no retry would cure it, or patience is over; `patience_seconds` and one attempt after the first

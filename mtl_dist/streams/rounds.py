@@ -8,6 +8,7 @@ Memory of a worker: one permutation per task and one round of float32 crops. Tes
 import dataclasses
 import itertools
 import signal
+import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
@@ -59,10 +60,10 @@ class Round:
     """By corpus, of all its clips in the round."""
     ahead: float = 0.0
     """How many rounds were ready when this one was asked for."""
+    waited: float = 0.0
+    """Seconds until it was there."""
     failure: str | None = None
     """Why this rank has no audio for it, if so; it has none for later ones either."""
-    failure: str | None = None
-    """Why there is no audio in it, and will be none in later ones."""
 
     def pin_memory(self) -> "Round":
         """Let the loader move the batches to page-locked memory, from where a GPU fetches them by itself."""
@@ -90,7 +91,7 @@ class Part:
     bad: list[str] = dataclasses.field(default_factory=list)
     read: dict[str, Read] = dataclasses.field(default_factory=dict)
     failure: str | None = None
-    """Why it is not there; the last one then."""
+    """Why there is nothing in it, if so; it is the worker's last."""
 
 
 class RoundStream(IterableDataset):
@@ -276,11 +277,11 @@ class Rounds:
 
     def __next__(self) -> Round:
         """Wait for the next round."""
-        ahead = self.ahead()
+        ahead, began = self.ahead(), time.perf_counter()
         parts = [next(self.loader) for _ in range(self.parts)]
         assert len({part.number for part in parts}) == 1, "the loader asks its workers in turns"
         round_ = self.stream.join(parts)
-        round_.ahead = ahead
+        round_.ahead, round_.waited = ahead, time.perf_counter() - began
         return round_.pin_memory() if self.pin_memory else round_
 
     def ahead(self) -> float:

@@ -6,8 +6,9 @@ Audio files at URLs, which are clips themselves, are no shards, but listed and f
 streaming: that opens the file and parses its whole footer for every block (15 ms a block of files of 288 blocks, 0.9 ms
 here), asks the server again for what is known, and retries in three layers whose waits multiply (20 times 60 s and more).
 Here one rank lists and reads the footers, and sends the object to the others: they never ask for a list or a footer.
-Memory: the footers, compressed (110 bytes a block of 8 columns; a tar's index: about 20 bytes a sample), and those of 32
-files parsed. Tested by tests/test_shards.py, tests/test_hub.py and tests/test_tars.py.
+Memory: the footers, compressed (110 bytes a block of 8 columns; a tar's index: about 20 bytes a sample), and, of files whose
+blocks are not plain (streams/parquet.py), up to 256 parsed. Tested by
+tests/test_shards.py, tests/test_hub.py and tests/test_tars.py.
 """
 
 import contextlib

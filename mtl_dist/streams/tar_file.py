@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import logging
 from collections.abc import Iterable
 
 import numpy as np
@@ -16,11 +17,14 @@ from mtl_dist.streams.sources import Source, index_of
 from mtl_dist.streams.tar_index import (
     HEADER,
     Member,
+    MisplacedError,
     check_header,
     read_headers,
     read_index,
 )
 from mtl_dist.streams.tar_samples import LISTED, list_samples
+
+log = logging.getLogger("mtl_dist")
 
 INDICES = 32
 """Files of which a process keeps the parsed index."""
@@ -105,7 +109,7 @@ class TarFile(ShardFile):
 def load_tar(
     path: str, number: int, source: Source, remote: Remote, ask: Ask, indexed: bool
 ) -> TarFile:
-    """List the samples of a tar of source `number`: by the index file beside it if it is `indexed`, else by its headers.
+    """List the samples of a tar of source `number`: by the index file beside it, if `indexed` and it fits, or by headers.
 
     Only headers and the small members that are listed are read; of a file far away also what lies between where they are
     close. A request each for a local file; each is retried by itself.
@@ -119,15 +123,20 @@ def load_tar(
 
     _, size = ask(lambda: read_tail(path, 1, remote))
     file = RangeFile(fetch, size, LARGEST_PIECE if "://" in path else FIRST_PIECE)
-    text = ask(lambda: read_tail(index_of(path), LARGEST_INDEX, remote))[0] if indexed else b""
+    beside = index_of(path)
+    text = ask(lambda: read_tail(beside, LARGEST_INDEX, remote))[0] if indexed else b""
 
     def listed() -> tuple[pa.Table, list[str]]:
         try:
             if indexed:
-                members = read_index(index_of(path), text.decode("utf-8", "surrogateescape"), file)
-            else:
-                members = read_headers(file)
-            return list_samples(members, file, source)
+                try:
+                    members = read_index(text.decode("utf-8", "surrogateescape"), file)
+                    return list_samples(members, file, source)
+                except MisplacedError as error:
+                    log.warning(
+                        "%s does not fit its tar (%s): the headers are read instead", beside, error
+                    )
+            return list_samples(read_headers(file), file, source)
         except ValueError as error:
             raise HopelessError(str(error)) from error
 

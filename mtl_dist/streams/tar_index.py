@@ -15,6 +15,10 @@ NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")
 ENTRY = re.compile(r"(\S*) (\d+) (\d+) (.+?)(?:$| (?=\S* \d+ \d+ \S))")
 
 
+class MisplacedError(ValueError):
+    """An index does not fit, or a member does not lie where it should."""
+
+
 class Member(NamedTuple):
     """A file in a tar: where its bytes lie."""
 
@@ -58,35 +62,42 @@ def read_headers(file: RangeFile, start: int = 0) -> Iterator[Member]:
 
 
 def check_header(header: bytes, member: Member) -> None:
-    """Raise ValueError unless these bytes, which lie before a member's, are the header of one of its size."""
+    """Raise MisplacedError unless these bytes, which lie before a member's, are the header of one of its size."""
     try:
         size = tarfile.TarInfo.frombuf(bytes(header), "utf-8", "surrogateescape").size
     except tarfile.TarError as error:
-        raise ValueError(f"no header lies before member {member.name} ({error})") from error
+        raise MisplacedError(f"no header lies before member {member.name}: {error}") from error
     if size != member.size:
-        raise ValueError(f"member {member.name} has {size} bytes, and should have {member.size}")
+        raise MisplacedError(f"member {member.name} has {size} bytes, not {member.size}")
 
 
-def read_index(name: str, text: str, file: RangeFile) -> list[Member]:
-    """Return the members that an index of version 1.2 names, checked against the end of the tar.
+def read_member(file: RangeFile, member: Member) -> bytes:
+    """Return the bytes of a member. Raises MisplacedError where it is another."""
+    file.seek(member.offset - HEADER)
+    check_header(file.read(HEADER), member)
+    return file.read(member.size)
+
+
+def read_index(text: str, file: RangeFile) -> list[Member]:
+    """Return the members that an index of version 1.2 names, in order; the first, the last and the end are looked at.
+
+    Of tars with extended headers, such as those of WebDataset's TarWriter, wds2idx writes wrong offsets.
 
     Raises:
-        ValueError: another version, a line that is cut or damaged, or an index of another tar.
+        MisplacedError: another version, a line that is cut or damaged, or an index that does not fit the tar.
     """
     try:
         members = sorted(_parsed(text), key=lambda member: member.offset)
-        if members:
-            file.seek(members[-1].offset - HEADER)
-            check_header(file.read(HEADER), members[-1])
-        end = sum(members[-1][1:]) if members else 0
+        for member in (members[0], members[-1]) if members else ():
+            file.seek(member.offset - HEADER)
+            check_header(file.read(HEADER), member)
+        end = members[-1].offset + members[-1].size if members else 0
         for member in read_headers(file, -(-end // HEADER) * HEADER):
             if member.key_and_column():
                 raise ValueError(f"it lacks member {member.name}")
         return members
     except ValueError as error:
-        raise ValueError(
-            f"its index {name} does not fit ({error}); fetch both again, or write the index anew with wds2idx, or remove it"
-        ) from error
+        raise MisplacedError(str(error)) from error
 
 
 def _parsed(text: str) -> Iterator[Member]:

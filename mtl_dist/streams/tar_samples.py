@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from mtl_dist.streams.range_file import RangeFile
 from mtl_dist.streams.sources import AUDIO_SUFFIXES, Source
-from mtl_dist.streams.tar_index import Member
+from mtl_dist.streams.tar_index import Member, read_member
 
 KEY = "__key__"
 ROWS_PER_BLOCK, BLOCK_BYTES = 16, 4 << 20
@@ -100,8 +100,13 @@ def list_samples(
         ValueError: no samples, none with audio, or a member that is wrong, by its name.
     """
     columns, wanted = Columns(source), source.columns.get("audio")
-    rows, lines, there = [], [], set()
+    rows, lines, there, keys = [], [], set(), set()
     for key, parts, texts in _grouped(members, file, columns):
+        if key in keys:
+            raise ValueError(
+                f"sample {key} comes twice; its members have to follow each other: pack them with tar --sort=name"
+            )
+        keys.add(key)
         there |= parts.keys()
         lines += [f"{column} {m.offset} {m.size} {m.name}" for column, m in parts.items()]
         heard = [c for c in parts if c == wanted or (wanted is None and _is_audio(c))]
@@ -135,8 +140,7 @@ def _grouped(
                 raise ValueError(f"member {member.name}: the sample {key} has another {column}")
             parts[column] = member
             if columns.read(column):
-                file.seek(member.offset)
-                texts[column] = file.read(member.size)
+                texts[column] = read_member(file, member)
         yield key, parts, texts
 
 
