@@ -38,6 +38,17 @@ def test_alone_every_local_check_is_made_and_nothing_is_left_behind(corpora_root
     assert list(tmp_path.iterdir()) == []
 
 
+def test_clips_in_shards_are_heard_and_a_shard_that_is_gone_fails(corpora_root, tmp_path):
+    cli.main(["prepare", "chime3", str(corpora_root / "CHiME3"), str(tmp_path / "shards")])
+    told = ["--train.tasks", "[noise_reduction]", "--train.main_task", "noise_reduction"]
+    told += ["--corpora.chime3.root", str(tmp_path / "shards")]
+    config = load_config(words(corpora_root, tmp_path, *told))
+    assert {f.check: f.verdict for f in health.data(config)}["data: chime3"] == OK
+    for shard in (tmp_path / "shards").glob("*.parquet"):
+        shard.write_bytes(b"PAR1")
+    assert {f.check: f.verdict for f in health.data(config)}["data: chime3"] == FAIL
+
+
 def test_a_file_that_cannot_be_decoded_fails_and_is_named(corpora_root, tmp_path, capsys):
     copy = tmp_path / "chime3"
     shutil.copytree(corpora_root / "CHiME3", copy)
