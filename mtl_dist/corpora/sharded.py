@@ -171,8 +171,14 @@ def _together(name: str, found: list[Listing], classes_grow: bool) -> Listing:
 
 
 def is_prepared(root: str) -> bool:
-    """Return whether there is a folder with a manifest of `mtl-dist prepare`."""
-    system, path = fsspec.url_to_fs(str(root))
+    """Return whether there is a folder with a manifest of `mtl-dist prepare`.
+
+    Raises ValueError where the package for URLs of this kind is not installed.
+    """
+    try:
+        system, path = fsspec.url_to_fs(str(root))
+    except ImportError as error:
+        raise ValueError(f"{root}: {error}") from error
     return system.exists(f"{path}/{MANIFEST}")
 
 
