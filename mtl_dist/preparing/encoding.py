@@ -163,7 +163,6 @@ class Workers:
                 waiting.append(self.pool.submit(function, task))
             yield result
 
-
     def _result(self, future: Future):
         """Wait for a result. A process that is killed while it sends one would leave the pool waiting for the rest of it."""
         while not wait_for([future], LOOK_SECONDS).done:
