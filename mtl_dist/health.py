@@ -24,6 +24,8 @@ from mtl_dist.config import Config
 from mtl_dist.experiment import Experiment
 from mtl_dist.feasibility import size_text
 from mtl_dist.streams.keys import generator
+from mtl_dist.streams.retry import ShardError
+from mtl_dist.streams.table import Table
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 SHARED_MEMORY = Path("/dev/shm")
@@ -137,11 +139,12 @@ def data(config: Config) -> Iterator[Finding]:
             rows = corpus.splits["train"]
             if not len(rows):
                 raise ValueError(f"corpora.{name}: holds no training clips")
-            reader.crop(rows[0], config.data.sample_rate, generator("doctor"))
+            read = Table(rows, {name: corpus.shards}).reader(held=1)
+            reader.crop(read(0), config.data.sample_rate, generator("doctor"))
             yield Finding(check, f"{len(rows)} training clips, one of them decoded")
         except BadClipError as error:
             yield Finding(check, str(error), FAIL, "mend the file, or let this node read it")
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ShardError) as error:
             yield Finding(check, str(error), FAIL, "let this node see the corpus at this path")
 
 

@@ -1,8 +1,8 @@
 """A stand-in for the Hugging Face Hub on 127.0.0.1: the routes that huggingface_hub and datasets ask for, and its faults.
 
 It serves FOLDER/OWNER/NAME/... as data sets (and OWNER/NAME@parquet as the branch refs/convert/parquet of one); point the
-client at it with HF_ENDPOINT in a process of its own, for that is read at import. Requests for Parquet are answered by a
-redirect to /storage/ of another origin, as the Hub does.
+client at it with HF_ENDPOINT in a process of its own, for that is read at import. Requests for what is not
+in Git are answered by a redirect to /storage/ of another origin, as the Hub does.
 """
 
 import contextlib
@@ -34,6 +34,8 @@ def reserved_endpoint() -> str:
 
 COMMIT = hashlib.sha1(b"main").hexdigest()
 CONVERTED = hashlib.sha1(b"refs/convert/parquet").hexdigest()
+STORED = (".parquet", ".wav", ".flac")
+"""What is not in Git, but beside it."""
 ROUTES = {
     "resolve": re.compile(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)"),
     "storage": re.compile(r"/storage/([^/]+/[^/]+)/(.+)"),
@@ -210,7 +212,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = folder / parts[-1]
         if not path.is_file():
             return self.reply(404, headers={"X-Error-Code": "EntryNotFound"})
-        if route == "resolve" and path.suffix == ".parquet" and self.command == "GET":
+        if route == "resolve" and path.suffix in STORED and self.command == "GET":
             host = (
                 f"http://localhost:{self.server.server_port}"  # another origin than the endpoint's
             )

@@ -12,7 +12,7 @@ import tiny
 
 from mtl_dist import cli
 from mtl_dist.audio.clips import ClipReader
-from mtl_dist.audio.reading import BadClipError, WaveBytes, open_clip, read_frames, sounding_span
+from mtl_dist.audio.reading import BadClipError, WaveFile, open_clip, read_frames, sounding_span
 from mtl_dist.config import load_config
 from mtl_dist.experiment import Experiment, build_experiment
 from mtl_dist.runtime import World
@@ -33,7 +33,7 @@ def test_a_wav_in_memory_is_read_as_libsndfile_reads_it(channels):
     data = encoded(np.random.default_rng(0).uniform(-1, 1, (5000, channels)), "WAV")
     whole = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)[0].mean(axis=1)
     with opened(data) as file:
-        assert isinstance(file, WaveBytes)
+        assert isinstance(file, WaveFile)
         assert (file.frames, file.samplerate) == (5000, 16_000)
         for start, frames in ((0, 5000), (4321, 12), (17, 1000), (1017, 3)):
             np.testing.assert_array_equal(
@@ -45,7 +45,7 @@ def test_a_wav_in_memory_is_read_as_libsndfile_reads_it(channels):
 def test_other_wavs_are_left_to_libsndfile(subtype):
     data = encoded(np.random.default_rng(0).uniform(-1, 1, 500), "WAV", subtype)
     with opened(data) as file:
-        assert not isinstance(file, WaveBytes)
+        assert not isinstance(file, WaveFile)
         assert len(read_frames(file, 100, 400)) == 400
 
 

@@ -1,7 +1,8 @@
 """Read audio as stretches: mono float32 at the wanted rate, never more of a file than is needed.
 
-A file is a mapping {"path": str | None, "bytes": bytes | None}, as Hugging Face `datasets` stores audio. Positions in
-a file are frames at the file's own rate; what is returned is at the wanted rate. Tested by tests/test_audio.py.
+A file is a mapping {"path": str | None, "bytes": bytes | None}, as Hugging Face `datasets` stores audio; of one that lies
+far away {"path": its name, "open": () -> an object to read from and seek in, "size": bytes}. Positions in a file are
+frames at the file's own rate; what is returned is at the wanted rate. Tested by tests/test_audio.py.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 from wave import Error as WaveError
 from wave import Wave_read
 
@@ -60,20 +62,37 @@ class StretchFile(soundfile.SoundFile):
         return False
 
 
-class WaveBytes:
-    """A 16-bit WAV file in memory, with what is used here of soundfile.SoundFile.
+class FarFile:
+    """A file as libsndfile takes it: no exception passes through its calls, so the first is kept, and the file ends."""
 
-    libsndfile, which fetches bytes through Python piece by piece, takes five times as long.
+    def __init__(self, file: BinaryIO):
+        self.file, self.seek, self.tell = file, file.seek, file.tell
+        self.error: Exception | None = None
+
+    def read(self, count: int) -> bytes:
+        """Read up to `count` bytes; none once there was an error."""
+        try:
+            return b"" if self.error else self.file.read(count)
+        except Exception as error:
+            self.error = error
+            return b""
+
+
+class WaveFile:
+    """A 16-bit WAV file of `size` bytes, with what is used here of soundfile.SoundFile.
+
+    libsndfile, which fetches bytes through Python piece by piece, takes five times as long. It also looks for what may
+    follow the samples, which far away is another request.
     """
 
     extra_info = ""
 
-    def __init__(self, data: bytes | memoryview):
-        self.file = Wave_read(pa.BufferReader(data))
+    def __init__(self, file: pa.NativeFile | FarFile, size: int):
+        self.file = Wave_read(file)
         self.frames, self.samplerate = self.file.getnframes(), self.file.getframerate()
         self.seek, self.tell, self.close = self.file.setpos, self.file.tell, self.file.close
         self.channels = self.file.getnchannels()
-        if self.file.getsampwidth() != 2 or len(data) < 2 * self.channels * self.frames:
+        if self.file.getsampwidth() != 2 or size < 2 * self.channels * self.frames:
             raise WaveError("not 16 bit, or not whole")
 
     def __enter__(self):
@@ -97,6 +116,8 @@ def stored_bytes(audio: dict) -> int:
     """Return the size of a clip as it is stored; 0 where it is not there."""
     if audio.get("bytes") is not None:
         return len(audio["bytes"])
+    if "size" in audio:
+        return audio["size"]
     path = Path(audio["path"])
     return path.stat().st_size if path.is_file() else 0
 
@@ -107,14 +128,26 @@ def open_clip(audio: dict):
 
     Raises:
         BadClipError: missing, empty, not audio, or broken while it is read inside the `with`.
+        What a file far away raises when it is read; nothing is said of the audio then.
     """
+    far = FarFile(audio["open"]()) if "open" in audio else None
+    try:
+        with _open(audio, far) as file:
+            yield file
+    finally:
+        if far is not None and far.error is not None:
+            raise far.error
+
+
+@contextlib.contextmanager
+def _open(audio: dict, far: FarFile | None):
     name, data = clip_name(audio), audio.get("bytes")
-    if data is None and audio.get("path") is None:
+    if data is None and far is None and audio.get("path") is None:
         raise BadClipError(name, "has neither a path nor bytes")
     if data is not None and not data:
         raise BadClipError(name, "holds no bytes")
     try:
-        file = _opened(audio.get("path"), data)
+        file = _opened(audio, far)
     except (soundfile.LibsndfileError, OSError, TypeError) as error:  # TypeError: *.raw
         raise BadClipError(name, f"cannot be read as audio ({error})") from error
     with file:
@@ -129,13 +162,17 @@ def open_clip(audio: dict):
             raise BadClipError(name, f"cannot be read as audio ({error})") from error
 
 
-def _opened(path: str | None, data: bytes | memoryview | None) -> soundfile.SoundFile | WaveBytes:
-    if data is None:
-        return StretchFile(path)
-    if data[:4] == b"RIFF":
+def _opened(audio: dict, far: FarFile | None) -> soundfile.SoundFile | WaveFile:
+    data = audio.get("bytes")
+    if far is None and data is None:
+        return StretchFile(audio["path"])
+    file = pa.BufferReader(data) if far is None else far
+    if file.read(4) == b"RIFF":
+        file.seek(0)
         with contextlib.suppress(WaveError, EOFError):  # another kind of WAV, or a damaged one
-            return WaveBytes(data)
-    return StretchFile(pa.BufferReader(data))
+            return WaveFile(file, stored_bytes(audio))
+    file.seek(0)
+    return StretchFile(file)
 
 
 def _refuse_cut_short(file: soundfile.SoundFile, name: str) -> None:

@@ -2,7 +2,7 @@
 
 A row is {"id", "audio": {"path", "bytes"}, "label", "split", "corpus", "number" (within the corpus), "source", "block",
 "place", and SOUND}; audio stays a path, or lies in the corpus' shards, until a task needs a stretch of it: a block of -1
-says that the clip has a file of its own. A new kind of corpus is a dataclass with a `load` and
+says that the clip has a file of its own, here or at a URL. A new kind of corpus is a dataclass with a `load` and
 @register_corpus("its_name"). Tested by tests/test_corpora.py.
 """
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import PurePath
 
 from mtl_dist.corpora.base import Corpus, Listing, register_corpus, require_folder
 from mtl_dist.corpora.sharded import FromSources
@@ -49,7 +50,7 @@ class Chime3(FromSources):
             if (match := NAME.match(path.name))
         ]
         rows = [
-            {"id": path.stem, "path": path, "label": None, "speaker": None, "split": "train"}
+            self.clip_at(path, field) | {"path": path}
             for path, match in found
             if match[1] in self.environments and int(match[2] or 1) in self.channels
         ]
@@ -60,6 +61,10 @@ class Chime3(FromSources):
                 f"under {root}; environments there: {there or 'none'}"
             )
         return Listing(rows=rows)
+
+    def clip_at(self, place: PurePath, field: str) -> dict:
+        """Return the row of a recording, named by its file."""
+        return {"id": place.stem, "label": None, "speaker": None, "split": "train"}
 
     def _chosen(self, rows: list[dict], name: str) -> list[dict]:
         """Return the rows, recordings or pieces of them, of the chosen environments and channels."""

@@ -6,7 +6,7 @@ There are three of the kind, so that labelled clips, unlabelled audio and noise 
 
 import dataclasses
 import logging
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import ClassVar
 
 from mtl_dist.corpora.base import (
@@ -101,26 +101,19 @@ class Folder(FromSources):
         folder = require_folder(Path(root).expanduser(), field, "set it to your audio")
         paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES)
         paths = [path for path in paths if path.is_file()]
-        rows = []
-        for path in paths:
-            parts = path.relative_to(folder).parts
-            if self.labelled and len(parts) < 2:
-                raise ValueError(
-                    f"{path}: no label; with labelled: true files lie in {folder}/LABEL/"
-                )
-            label = parts[0] if self.labelled else None
-            rows.append(
-                {
-                    "id": "/".join(parts),
-                    "path": path,
-                    "label": label,
-                    "speaker": None,
-                    "split": None,
-                }
-            )
+        rows = [self.clip_at(path.relative_to(folder), field) | {"path": path} for path in paths]
         if not rows:
             raise ValueError(f"{field}: no audio files in {root}")
         return Listing(rows=rows)
+
+    def clip_at(self, place: PurePath, field: str) -> dict:
+        """Return the row of a file, named by its place. Raises ValueError where it should have a label and has none."""
+        if self.labelled and len(place.parts) < 2:
+            raise ValueError(
+                f"{field}: {place}: no label; with labelled: true files lie in folders named by their labels"
+            )
+        label = place.parts[0] if self.labelled else None
+        return {"id": place.as_posix(), "label": label, "speaker": None, "split": None}
 
 
 def _undivided(found: Listing) -> Listing:

@@ -1,4 +1,4 @@
-"""What a corpus comes from: folders as published or prepared, CSV manifests, Parquet and tars, in any mixture.
+"""What a corpus comes from: folders as published or prepared, CSV manifests, Parquet, tars and audio files, in any mixture.
 
 Every kind of corpus lists them alike, with the same splits and held-out clips from each. Tested by tests/test_sharded.py
 and tests/test_one_notation.py.
@@ -9,7 +9,7 @@ import dataclasses
 import json
 import re
 from collections import Counter
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
 import fsspec
@@ -37,14 +37,26 @@ class FromSources(abc.ABC):
 
     sources: list[Source] = dataclasses.field(default_factory=list)
     """Instead of root, a list of any of these: Parquet or tars, of the Hub, of a disk or of a URL; folders that root would
-    take; CSV manifests. Such as [{path: openslr/librispeech_asr, config: clean, split: train.100, columns: {speaker:
-    speaker_id}}, {path: "tars/train-{00000..00007}.tar"}, {path: data/LibriSpeech}, {path: clips.csv}]."""
+    take; CSV manifests; audio files of the Hub or of a URL. Such as [{path: openslr/librispeech_asr, config: clean, split:
+    train.100, columns: {speaker: speaker_id}}, {path: "tars/train-{00000..00007}.tar"}, {path: data/LibriSpeech}, {path:
+    clips.csv}], or [{path: chimechallenge/chime3-background-noise}]."""
     remote: Remote = dataclasses.field(default_factory=Remote)
-    """How shards are fetched, over a network or from a disk, and how long a fault is borne."""
+    """How shards and audio files are fetched, over a network or from a disk, and how long a fault is borne."""
 
     @abc.abstractmethod
     def published(self, name: str, root: str | None, field: str) -> Listing:
         """List the clips of a folder as published; `field` is what named it. Raises ValueError for what is wrong in it."""
+
+    def clip_at(self, place: PurePosixPath, field: str) -> dict:
+        """Return the row, but for the path, of an audio file at a URL, by its place below the folder of its source.
+
+        `field` is what named the source. Raises ValueError for what is wrong with it; here, because a corpus of this kind
+        is more than its audio files.
+        """
+        raise ValueError(
+            f"{field}: holds audio files, such as {place}, but this corpus as published is read from a disk only; fetch it "
+            "and name the folder, or name the Parquet that `mtl-dist prepare` makes of it"
+        )
 
     def from_sources(self, name: str, kind: str, splits: list[str] | None = None) -> Listing:
         """List the clips of `sources`, or of the folder at `root`, as published or prepared from the same `kind`.
@@ -68,7 +80,7 @@ class FromSources(abc.ABC):
         listing = _together(name, found, self.CLASSES_GROW)
         if sharded:
             try:
-                listing = _listing(name, sharded, self.remote, listing)
+                listing = self._listed(name, sharded, listing)
             except ShardError as error:
                 raise ValueError(f"corpora.{name}: {error}") from error
         twice = [i for i, n in Counter(row["id"] for row in listing.rows).items() if n > 1]
@@ -82,7 +94,7 @@ class FromSources(abc.ABC):
     def _look(
         self, name: str, field: str, source: Source, kind: str, splits: list[str] | None
     ) -> tuple[Listing, list[Source]]:
-        """Return what a source is known to hold without reading shards, and the sources of shards to be read."""
+        """Return what a source is known to hold without reading shards, and the sources to be listed."""
         if source.path.endswith(".csv"):
             table = Path(source.path).expanduser()
             return read_manifest(table, None, field, source.columns), []
@@ -99,6 +111,27 @@ class FromSources(abc.ABC):
                     raise ValueError(f"{field}.columns: a folder of audio has no columns")
                 return self.published(name, source.path, field), []
         return Listing(rows=[]), [source]
+
+    def _listed(self, name: str, sharded: list[tuple[int, Source]], others: Listing) -> Listing:
+        """Add the rows of all shards and audio files at URLs, of (number, source) pairs.
+
+        A clip in a shard that has no id is named by block and place.
+        """
+        sources = [source for _, source in sharded]
+        shards = Shards.open(f"corpora.{name}", sources, self.remote)
+        rows = shards.listing().to_pylist() if len(shards) else []
+        for row in rows:
+            row["source"], source = sharded[shards.source[row["block"]]]
+            row["id"] = row.get("id") or f"{row['block']}-{row['place']}"
+            for column in ("label", "speaker", "seconds"):
+                row.setdefault(column, None)
+            row["split"] = source.split if source.split in SPLITS else row.get("split")
+        for file in shards.alone.by_path.values():
+            number, source = sharded[file.source]
+            row = self.clip_at(PurePosixPath(file.name), f"corpora.{name}.sources[{number}]")
+            split = source.split if source.split in SPLITS else row["split"]
+            rows.append(row | {"path": file.path, "source": number, "split": split})
+        return dataclasses.replace(others, rows=rows + others.rows, shards=shards)
 
 
 def _is_published(folder: Path) -> bool:
@@ -159,19 +192,3 @@ def _manifest(field: str, root: str, kind: str, splits: list[str] | None) -> dic
         )
     chosen = {s: about for s, about in manifest["splits"].items() if splits is None or s in splits}
     return manifest | {"splits": {s: about for s, about in chosen.items() if about["clips"]}}
-
-
-def _listing(
-    name: str, sharded: list[tuple[int, Source]], remote: Remote, others: Listing
-) -> Listing:
-    """Add the rows of all shards, of (number, source) pairs: a clip without an id is named by block and place."""
-    sources = [source for _, source in sharded]
-    shards = Shards.open(f"corpora.{name}", sources, remote)
-    rows = shards.listing().to_pylist()
-    for row in rows:
-        row["source"], source = sharded[shards.source[row["block"]]]
-        row["id"] = row.get("id") or f"{row['block']}-{row['place']}"
-        for column in ("label", "speaker", "seconds"):
-            row.setdefault(column, None)
-        row["split"] = source.split if source.split in SPLITS else row.get("split")
-    return dataclasses.replace(others, rows=rows + others.rows, shards=shards)

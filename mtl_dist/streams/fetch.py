@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, parse_ratelimit_headers
 
 from mtl_dist.streams.retry import HopelessError, Remote, TryAgainError
-from mtl_dist.streams.sources import HUB_URL, Source
+from mtl_dist.streams.sources import HUB_URL, Listed, Source
 from mtl_dist.streams.waiting import within
 
 HTTP_ERROR = HfHubHTTPError.__mro__[1]
@@ -35,7 +35,7 @@ LEAST_RATE = 65_536
 """Bytes a second below which a transfer counts as stalled."""
 
 
-def list_files(source: Source, remote: Remote) -> list[str]:
+def list_files(source: Source, remote: Remote) -> dict[str, Listed | None]:
     """List the files of a source: one attempt, though the libraries below retry here by themselves.
 
     They wait for as long as a server tells them to, hence the time limit.

@@ -5,7 +5,9 @@ A file is what a rank sends to the others, with its footer or index, so that the
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import PurePosixPath
 from typing import TypeVar
 
 import pyarrow as pa
@@ -20,22 +22,27 @@ Ask = Callable[[Callable[[], Result]], Result]
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
-class ShardFile(abc.ABC):
-    """A file of a source (its number): blocks of rows, each in ranges of bytes of its own. Small and picklable.
-
-    A range is (first byte, byte after the last); `parts` is {first byte: bytes} of ranges that were asked for.
-    """
+class SourceFile:
+    """A file of a source (its number). Small and picklable."""
 
     path: str
     source: int
     size: int
     digest: str
-    """Of the footer or index; another digest means that the clips may not be the same."""
+    """Of the footer or index, or what a listing says; another digest means that the clips may not be the same."""
 
     def shown(self) -> str:
         """Return the path for messages: of a Hub file without the commit."""
         match = HUB_URL.fullmatch(self.path)
         return f"{match['repo']}/{match['path']}" if match else self.path
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class ShardFile(SourceFile, abc.ABC):
+    """A file of blocks of rows, each in ranges of bytes of its own.
+
+    A range is (first byte, byte after the last); `parts` is {first byte: bytes} of ranges that were asked for.
+    """
 
     @abc.abstractmethod
     def rows(self) -> list[int]:
@@ -75,3 +82,15 @@ class ShardFile(abc.ABC):
     def named_by_key(self, source: Source) -> bool:
         """Return whether ids are keys of this file, which may come in another file of the source too."""
         return False
+
+
+def names_below(files: Sequence[SourceFile]) -> list[str]:
+    """Return for each file its path below the folder that the files of its source share."""
+    paths = [PurePosixPath(file.shown()) for file in files]
+    parents: dict[int, list[PurePosixPath]] = {}
+    for file, path in zip(files, paths, strict=True):
+        parents.setdefault(file.source, []).append(path.parent)
+    shared = {number: os.path.commonpath(found) for number, found in parents.items()}
+    return [
+        str(path.relative_to(shared[file.source])) for file, path in zip(files, paths, strict=True)
+    ]

@@ -1,5 +1,7 @@
 """Shards of a corpus: Parquet files and tars, read in blocks (row groups, runs of samples), each by one request.
 
+Audio files at URLs, which are clips themselves, are no shards, but listed and fetched alike (streams/audio_files.py).
+
 `datasets` finds the files of a data set (configurations, splits, the commit). The blocks are not read through its
 streaming: that opens the file and parses its whole footer for every block (15 ms a block of files of 288 blocks, 0.9 ms
 here), asks the server again for what is known, and retries in three layers whose waits multiply (20 times 60 s and more).
@@ -13,20 +15,20 @@ import contextlib
 import functools
 import hashlib
 import logging
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from mtl_dist.streams.audio_files import AudioFile, AudioFiles, in_pieces
 from mtl_dist.streams.block_cache import BlockCache
 from mtl_dist.streams.fetch import list_files, read_range
 from mtl_dist.streams.parquet_file import load_parquet
 from mtl_dist.streams.retry import HopelessError, Remote, ShardError, persist, speaker
-from mtl_dist.streams.shard_file import Audio, ShardFile
+from mtl_dist.streams.shard_file import Audio, ShardFile, SourceFile, names_below
 from mtl_dist.streams.sources import Source, index_of
 from mtl_dist.streams.tar_file import load_tar
 
@@ -45,11 +47,20 @@ class Shards:
         rows: rows of each block, int64 (blocks,).
         files: file of each block.
         source: number of the source that each block is of, int64 (blocks,).
+        alone: the audio files.
         rank: of the process, for messages; set it where the object is received.
     """
 
-    def __init__(self, corpus: str, sources: list[Source], files: list[ShardFile], remote: Remote):
+    def __init__(
+        self,
+        corpus: str,
+        sources: list[Source],
+        files: list[ShardFile],
+        remote: Remote,
+        alone: Iterable[AudioFile] = (),
+    ):
         self.corpus, self.sources, self.remote = corpus, sources, remote
+        self.alone = AudioFiles(alone)
         self.rank: int | None = None
         self.cache = (
             BlockCache(Path(remote.cache), int(remote.cache_gigabytes * 1e9))
@@ -88,14 +99,21 @@ class Shards:
         if not sources:
             raise ValueError(f"corpora.{corpus}: there are no sources; name at least one")
         files: list[ShardFile] = []
+        alone: list[AudioFile] = []
         for number, source in enumerate(sources):
             what = f"corpus {corpus}, source {source.path}"
-            paths = persist(functools.partial(list_files, source, remote), remote, rank, what)
-            found = _load(paths, number, source, remote, rank, what)
-            if not sum(sum(file.rows()) for file in found):
+            listed = persist(functools.partial(list_files, source, remote), remote, rank, what)
+            audio = [
+                AudioFile(path=path, source=number, **about._asdict())
+                for path, about in listed.items()
+                if about is not None
+            ]
+            found = [] if audio else _load(list(listed), number, source, remote, rank, what)
+            if not audio and not sum(sum(file.rows()) for file in found):
                 raise ShardError(f"{what}: there are no rows in its {len(found)} files")
             files += found
-        shards = cls(corpus, sources, files, remote)
+            alone += audio
+        shards = cls(corpus, sources, files, remote, alone)
         shards.rank = rank
         return shards
 
@@ -108,26 +126,15 @@ class Shards:
         return f"{self._files[number].shown()}, {self._files[number].block_name(place)}"
 
     def fingerprint(self) -> dict[str, str]:
-        """Return {"source 0: FILE": size and digest of its footer or index}, FILE as `_names` has it.
+        """Return {"source 0: FILE": size and digest of its footer or index, or of audio}, FILE as `names_below` has it.
 
         So it stays the same when the files are copied to another place, at another time.
         """
+        files = [*self._files, *self.alone.by_path.values()]
         return {
             f"source {file.source}: {name}": f"{file.size}-{file.digest}"
-            for file, name in zip(self._files, self._names(), strict=True)
+            for file, name in zip(files, names_below(files), strict=True)
         }
-
-    def _names(self) -> list[str]:
-        """Return for each file its path below the folder that the files of its source share."""
-        paths = [PurePosixPath(file.shown()) for file in self._files]
-        parents: dict[int, list[PurePosixPath]] = {}
-        for file, path in zip(self._files, paths, strict=True):
-            parents.setdefault(file.source, []).append(path.parent)
-        shared = {number: os.path.commonpath(found) for number, found in parents.items()}
-        return [
-            str(path.relative_to(shared[file.source]))
-            for file, path in zip(self._files, paths, strict=True)
-        ]
 
     def refuse_changes(self, saved: dict[str, str]) -> None:
         """Compare with a fingerprint of earlier. Raises ShardError naming the first file that is not the same."""
@@ -154,6 +161,19 @@ class Shards:
         }
         with self._undamaged(what):
             return file.audio(place, source, parts)
+
+    def clip(self, path: str) -> dict:
+        """Return an audio file as `open_clip` takes it; reading raises ShardError naming rank, corpus, file, reason."""
+        file = self.alone.by_path[path]
+        opener = functools.partial(self.alone.open, path, self._piece)
+        return {"path": file.shown(), "bytes": None, "size": file.size, "open": opener}
+
+    def _piece(self, file: SourceFile, first: int, end: int) -> bytes | bytearray:
+        if self.cache is None:
+            return self._fetch(file, first, end, file.shown())
+        pieces = in_pieces(first, end, file.size)
+        found = [self._block_bytes(file, *piece, file.shown()) for piece in pieces]
+        return b"".join(found)[first - pieces[0][0] : end - pieces[0][0]]
 
     def listing(self, columns: Iterable[str] | None = None) -> pa.Table:
         """Return all rows in the order of blocks, without audio: our columns by our names, then the others.
@@ -193,7 +213,7 @@ class Shards:
 
     def _tell_keys_apart(self, tables: list[pa.Table]) -> None:
         """Put each tar's name before its keys, where keys of one source come in several of its tars."""
-        names = [name.removesuffix(".tar") for name in self._names()]
+        names = [name.removesuffix(".tar") for name in names_below(self._files)]
         for number, source in enumerate(self.sources):
             own = [
                 n
@@ -218,7 +238,7 @@ class Shards:
                 ) from error
         return pa.concat_tables(tables, promote_options="permissive")
 
-    def _fetch(self, file: ShardFile, start: int, end: int, what: str) -> bytes | bytearray:
+    def _fetch(self, file: SourceFile, start: int, end: int, what: str) -> bytes | bytearray:
         received = bytearray()
 
         def attempt() -> bytes | bytearray:
@@ -229,7 +249,7 @@ class Shards:
 
         return persist(attempt, self.remote, self.rank, f"corpus {self.corpus}, {what}")
 
-    def _block_bytes(self, file: ShardFile, start: int, end: int, what: str) -> bytes | bytearray:
+    def _block_bytes(self, file: SourceFile, start: int, end: int, what: str) -> bytes | bytearray:
         if self.cache is None or "://" not in file.path:
             return self._fetch(file, start, end, what)
         words = f"{file.path} {file.size} {file.digest} {start} {end}"

@@ -1,15 +1,18 @@
-"""Where a corpus lies, by one notation: a Hub id, Parquet or tars, a folder as published, a CSV manifest.
+"""Where a corpus lies, by one notation: a Hub id, Parquet or tars, audio files, a folder as published, a CSV manifest.
 
-A source of shards becomes a sorted list of files: absolute local paths, hf://datasets/ID@COMMIT/PATH (pinned, so that a
-commit during the run changes nothing), or URLs of any other fsspec file system. What a folder as published or a manifest
-holds is listed by the corpus (corpora/sharded.py). Tested by tests/test_shards.py, test_hub.py, test_tars.py.
+A source of shards, or of audio files, becomes a sorted list of files: absolute local paths, hf://datasets/ID@COMMIT/PATH
+(pinned, so that a commit during the run changes nothing), or URLs of any other fsspec file system. What a folder as
+published or a manifest holds is listed by the corpus (corpora/sharded.py). Tested by tests/test_shards.py, test_hub.py,
+test_tars.py, test_audio_files_by_url.py.
 """
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import datasets
 import fsspec
@@ -28,6 +31,17 @@ AUDIO_SUFFIXES = frozenset(
     ".wav .wave .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .snd .caf .w64 .rf64".split()
 )
 """What is audio in a folder or a tar; a manifest may name anything that libsndfile reads."""
+BESIDE_AUDIO = "metadata.parquet"
+"""What `datasets` reads in a folder of audio files, and is not audio in Parquet."""
+
+
+class Listed(NamedTuple):
+    """What a listing says of an audio file: its path below the folder of its source, its bytes, and what the Hub calls
+    their content; nothing ("") elsewhere."""
+
+    name: str
+    size: int
+    digest: str
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -37,8 +51,9 @@ class Source:
     path: str
     """A data set of the Hub, such as openslr/librispeech_asr. Parquet, or tars as WebDataset writes them: a file, a glob
     (data/*.parquet), braces (tars/train-{00000..00007}.tar) or a folder, local or of any fsspec URL (s3://, gs://,
-    hf://datasets/, memory://). A folder that `root` would take, as published or prepared. A CSV manifest with the column
-    path, and optionally label, split, speaker and seconds. What exists locally is taken for local."""
+    hf://datasets/, memory://). Audio files of the Hub or of a URL: a glob or a folder, named as in a folder of this kind of
+    corpus. A folder that `root` would take, as published or prepared. A CSV manifest with the column path, and optionally
+    label, split, speaker and seconds. What exists locally is taken for local."""
     config: str | None = None
     """Configuration of a Hub data set, such as clean."""
     split: str | None = None
@@ -66,13 +81,14 @@ class Source:
         """Return the data set's name for our column `name`."""
         return self.columns.get(name, name)
 
-    def list_files(self) -> list[str]:
-        """List the Parquet files or tars, sorted; by the Hub's own rules where it is a data set of the Hub or has a split.
+    def list_files(self) -> dict[str, Listed | None]:
+        """List the files, sorted; by the Hub's own rules where it is a data set of the Hub or has a split.
 
-        After tars come the index files that NVIDIA DALI's wds2idx wrote beside them.
+        They are audio files, with what is known of each; or Parquet, or tars: with None. After tars come the index files
+        that NVIDIA DALI's wds2idx wrote beside them.
 
         Raises:
-            FileNotFoundError, ValueError: nothing there, no such configuration or split, or neither Parquet nor tars.
+            FileNotFoundError, ValueError: nothing there, no such configuration or split, or neither Parquet, tars nor audio.
             Whatever the file system's transport raises.
         """
         if self.config or self.split or self.on_hub():
@@ -80,6 +96,15 @@ class Source:
         else:
             files = sorted(
                 file for path in expand_braces(self.path) for file in _files_of_path(path)
+            )
+        audio = [file for file in files if _is_audio(file)]
+        shards = [file for file in files if file.endswith((*SHARDS, *COMPRESSED))]
+        if audio and {PurePosixPath(file).name for file in shards} <= {BESIDE_AUDIO}:
+            return self._described(_pinned(audio))
+        if audio:
+            raise ValueError(
+                f"there are audio files and {shards[0]} in {self.path}; name each by a source of its own, such as "
+                f"{self.path}/*{PurePosixPath(audio[0]).suffix}"
             )
         for file in files:
             if file.endswith(COMPRESSED):
@@ -89,8 +114,8 @@ class Source:
                 )
             if not file.endswith(SHARDS):
                 raise ValueError(
-                    f"{file} is not Parquet, nor a tar; write your audio to Parquet with `mtl-dist prepare`, or, for a "
-                    "data set of the Hub, try revision: refs/convert/parquet"
+                    f"{file} is not Parquet, nor a tar or audio; write your audio to Parquet with `mtl-dist prepare`, or, "
+                    "for a data set of the Hub, try revision: refs/convert/parquet"
                 )
         tars = [file for file in files if file.endswith(".tar")]
         if 0 < len(tars) < len(files):
@@ -98,7 +123,7 @@ class Source:
                 f"there are both Parquet files and tars in {self.path}; name each by a source of its own, such as "
                 f"{self.path}/*.tar"
             )
-        return _pinned([*files, *_indices_beside(tars)])
+        return dict.fromkeys(_pinned([*files, *_indices_beside(tars)]))
 
     def on_hub(self) -> bool:
         """Return whether the path is a data set's name on the Hub."""
@@ -114,6 +139,48 @@ class Source:
         if split not in files:
             raise ValueError(f"split: {self.split!r} (allowed: {', '.join(map(str, files))})")
         return sorted(files[split])
+
+    def _described(self, files: list[str]) -> dict[str, Listed]:
+        """Add to audio files what one listing of the folder that holds them all says; a web server is asked for each."""
+        system, _ = fsspec.url_to_fs(files[0])
+        paths = [fsspec.url_to_fs(file)[1] for file in files]
+        if files[0].startswith(("http://", "https://")):
+            found = {path: system.info(path) for path in paths}
+        else:
+            folder = os.path.commonpath([os.path.dirname(path) for path in paths])
+            depth = max(path.removeprefix(folder).strip("/").count("/") for path in paths)
+            found = system.find(folder, maxdepth=depth + 1, detail=True)
+        unknown = [path for path in paths if found[path]["size"] is None]
+        if unknown:
+            raise ValueError(f"the server does not say how large {unknown[0]} is; copy the files")
+        top = self._folder(files[0])
+        listed = {
+            file: Listed(
+                path.removeprefix(top).strip("/"),
+                found[path]["size"],
+                found[path].get("blob_id", ""),
+            )
+            for file, path in zip(files, paths, strict=True)
+        }
+        # As a folder on a disk is sorted: noise is drawn by place.
+        return dict(sorted(listed.items(), key=lambda item: PurePosixPath(item[1].name)))
+
+    def _folder(self, file: str) -> str:
+        """Return the folder that the source names, as the file system of one of its files calls it."""
+        folder = re.split(r"[*?\[{]", self.path)[0]
+        if folder != self.path or _is_audio(folder):
+            folder = folder.rpartition("/")[0]
+        if match := HUB_URL.fullmatch(file):
+            named = HUB_URL.fullmatch(folder)
+            below = (named and named["path"]) or ""
+            folder = f"hf://datasets/{match['repo']}@{match['revision']}/{below}"
+        elif "://" not in folder:
+            folder = str(Path(folder).expanduser())
+        return fsspec.url_to_fs(folder)[1]
+
+
+def _is_audio(file: str) -> bool:
+    return PurePosixPath(file).suffix.lower() in AUDIO_SUFFIXES
 
 
 def expand_braces(path: str) -> list[str]:
@@ -137,7 +204,7 @@ def _files_of_path(path: str) -> list[str]:
         found = system.glob(root)
     elif system.isdir(root):
         every = system.find(root)
-        found = [file for file in every if file.endswith(SHARDS)] or [
+        found = [file for file in every if file.endswith(SHARDS) or _is_audio(file)] or [
             file for file in every if file.endswith(COMPRESSED)
         ]
     elif system.exists(root):
@@ -145,7 +212,7 @@ def _files_of_path(path: str) -> list[str]:
     else:
         raise FileNotFoundError(f"{path} does not exist")
     if not found:
-        raise FileNotFoundError(f"there is no Parquet file in {path}, and no tar")
+        raise FileNotFoundError(f"there is no Parquet file in {path}, no tar and no audio")
     local = "file" in _protocols(system)
     return [file if local else system.unstrip_protocol(file) for file in found]
 

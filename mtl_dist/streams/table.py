@@ -1,4 +1,4 @@
-"""Rows of clips, and their audio: in files of their own, or in blocks (row groups) that are read whole."""
+"""Rows of clips, and their audio: in files of their own, here or at URLs, or in blocks (row groups) that are read whole."""
 
 import collections
 import dataclasses
@@ -84,9 +84,10 @@ class Table:
 
         def read(number: int) -> dict:
             row = {name: values[number].as_py() for name, values in columns.items()}
-            if row["block"] < 0:
-                return row
             corpus, block, place = row["corpus"], row["block"], row["place"]
+            if block < 0:
+                path = row["audio"]["path"] or ""
+                return row | {"audio": self.shards[corpus].clip(path)} if "://" in path else row
             shards = self.shards[corpus]
             if (corpus, block) not in blocks:
                 while len(blocks) >= max(1, held):

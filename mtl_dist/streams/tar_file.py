@@ -10,16 +10,14 @@ import numpy as np
 import pyarrow as pa
 
 from mtl_dist.streams.fetch import read_range, read_tail
+from mtl_dist.streams.range_file import FIRST_PIECE, LARGEST_PIECE, RangeFile
 from mtl_dist.streams.retry import HopelessError, Remote
 from mtl_dist.streams.shard_file import Ask, Audio, ShardFile
 from mtl_dist.streams.sources import Source, index_of
 from mtl_dist.streams.tar_index import (
-    FIRST_PIECE,
     HEADER,
-    LARGEST_PIECE,
     Member,
     MisplacedError,
-    RangeFile,
     check_header,
     read_headers,
     read_index,

@@ -3,15 +3,14 @@
 Names are read as WebDataset reads them: a/b.left.flac is the column left.flac of the sample a/b.
 """
 
-import io
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
+from mtl_dist.streams.range_file import RangeFile
+
 HEADER = tarfile.BLOCKSIZE
-FIRST_PIECE, LARGEST_PIECE = 16_384, 1 << 20
-"""Bytes of a request while headers are read: from the first on, doubled while they lie close to each other."""
 NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")
 ENTRY = re.compile(r"(\S*) (\d+) (\d+) (.+?)(?:$| (?=\S* \d+ \d+ \S))")
 
@@ -33,47 +32,6 @@ class Member(NamedTuple):
         if match is None or match[1].rpartition("/")[2].startswith("__"):
             return None
         return match[1], match[2].lower()
-
-
-class RangeFile(io.RawIOBase):
-    """A file of `size` bytes, read by fetch(first, end): a piece at a time, larger ones where reading goes straight on."""
-
-    def __init__(self, fetch: Callable[[int, int], bytes], size: int, largest_piece: int):
-        self.fetch, self.size, self.largest_piece = fetch, size, largest_piece
-        self.position, self.start, self.data, self.piece = 0, 0, b"", FIRST_PIECE
-
-    def readable(self) -> bool:
-        """Say that it can be read."""
-        return True
-
-    def seekable(self) -> bool:
-        """Say that it can be read in any order."""
-        return True
-
-    def tell(self) -> int:
-        """Return the position."""
-        return self.position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move the position."""
-        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
-        self.position = origin + offset
-        return self.position
-
-    def read(self, count: int = -1) -> bytes:
-        """Return `count` bytes, or those up to the end."""
-        first = self.position
-        end = self.size if count < 0 else min(self.size, first + count)
-        if end <= first:
-            return b""
-        have = self.start + len(self.data)
-        if not self.start <= first <= end <= have:
-            close = self.start <= first <= have + self.piece
-            self.piece = min(self.largest_piece, 2 * self.piece) if close else FIRST_PIECE
-            self.data = self.fetch(first, min(self.size, max(end, first + self.piece)))
-            self.start = first
-        self.position = end
-        return bytes(self.data[first - self.start : end - self.start])
 
 
 def read_headers(file: RangeFile, start: int = 0) -> Iterator[Member]:

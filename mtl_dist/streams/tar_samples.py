@@ -9,8 +9,9 @@ from itertools import groupby
 
 import pyarrow as pa
 
+from mtl_dist.streams.range_file import RangeFile
 from mtl_dist.streams.sources import AUDIO_SUFFIXES, Source
-from mtl_dist.streams.tar_index import Member, RangeFile, read_member
+from mtl_dist.streams.tar_index import Member, read_member
 
 KEY = "__key__"
 ROWS_PER_BLOCK, BLOCK_BYTES = 16, 4 << 20
