@@ -13,9 +13,9 @@ from mtl_dist.metrics import Sums
 from mtl_dist.phases import Phases
 from mtl_dist.round import fail_together
 from mtl_dist.runtime import collect
+from mtl_dist.streams.batches import keyed_generators
 from mtl_dist.streams.keys import generator
 from mtl_dist.streams.retry import ShardError
-from mtl_dist.streams.rounds import keyed_generators
 from mtl_dist.streams.table import Table
 from mtl_dist.tasks.base import Task, TaskBatch
 

@@ -6,7 +6,7 @@ Tested by tests/test_monitor.py.
 import dataclasses
 
 from mtl_dist.round import RoundReport
-from mtl_dist.streams.rounds import Read
+from mtl_dist.streams.batches import Read
 
 
 @dataclasses.dataclass(kw_only=True)

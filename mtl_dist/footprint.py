@@ -14,7 +14,8 @@ import torch
 
 from mtl_dist.audio.clips import Clip
 from mtl_dist.models.multitask import MultitaskModel
-from mtl_dist.streams.rounds import PARTS_AHEAD, keyed_generators
+from mtl_dist.streams.batches import keyed_generators
+from mtl_dist.streams.rounds import PARTS_AHEAD
 from mtl_dist.tasks.base import Task, TaskBatch
 
 ZERO3_LIVE_PARAMETERS = 10**9

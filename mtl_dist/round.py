@@ -15,8 +15,9 @@ from accelerate import Accelerator
 from mtl_dist.engines import Engine
 from mtl_dist.phases import Phases
 from mtl_dist.runtime import collect, sum_over_ranks
+from mtl_dist.streams.batches import MicroBatch, Read
 from mtl_dist.streams.retry import ShardError
-from mtl_dist.streams.rounds import MicroBatch, Read, Round
+from mtl_dist.streams.rounds import Round
 from mtl_dist.tasks.base import Task, TaskBatch
 
 

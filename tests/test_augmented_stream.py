@@ -17,8 +17,8 @@ from mtl_dist.config import load_config
 from mtl_dist.evaluation import evaluation_batches
 from mtl_dist.experiment import build_experiment
 from mtl_dist.runtime import World
+from mtl_dist.streams.batches import keyed_generators, prepare
 from mtl_dist.streams.keys import generator
-from mtl_dist.streams.rounds import keyed_generators, prepare
 
 ALONE = World()
 

@@ -16,7 +16,7 @@ from mtl_dist.evaluation import Evaluation
 from mtl_dist.monitor import Monitor
 from mtl_dist.round import RoundReport
 from mtl_dist.run_folder import RunFolder
-from mtl_dist.streams.rounds import Read
+from mtl_dist.streams.batches import Read
 
 TIMES = {"time/data": 0.01, "time/slowest_rank": 3}
 

@@ -199,7 +199,12 @@ def test_file_tree_names_every_module_and_nothing_else():
 
 def test_links_to_files_of_the_project_hold():
     for target in re.findall(r"\]\(([^)h][^)]*)\)", TEXT):
-        assert (ROOT / target).exists(), target
+        path, _, section = target.partition("#")
+        assert (ROOT / path).exists(), target
+        if section:
+            titles = re.findall(r"^#+ (.*)$", (ROOT / (path or "README.md")).read_text(), re.M)
+            anchors = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
+            assert section in anchors, target
 
 
 def test_the_folder_formats_that_the_readme_names_are_read(tmp_path):

@@ -14,9 +14,10 @@ from mtl_dist.config import load_config
 from mtl_dist.corpora.base import make_corpus
 from mtl_dist.experiment import build_experiment
 from mtl_dist.runtime import World
+from mtl_dist.streams.batches import keyed_generators, prepare
 from mtl_dist.streams.keys import generator
 from mtl_dist.streams.order import Order
-from mtl_dist.streams.rounds import RoundStream, keyed_generators, prepare
+from mtl_dist.streams.rounds import RoundStream
 
 GLOBAL_BATCH = 8
 ALONE = World()

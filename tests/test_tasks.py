@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtl_dist.audio.clips import Clip
+from mtl_dist.streams.batches import keyed_generators
 from mtl_dist.streams.keys import generator
-from mtl_dist.streams.rounds import keyed_generators
 from mtl_dist.tasks import TASKS, TaskBatch, TaskContext
 
 REGRESSION = ["next_step", "noise_reduction", "upsampling"]

@@ -10,40 +10,18 @@ import itertools
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from functools import partial
-from typing import NamedTuple
 
-import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from mtl_dist.audio.clips import Clip, ClipReader
-from mtl_dist.audio.reading import BadClipError, stored_bytes
+from mtl_dist.audio.clips import ClipReader
+from mtl_dist.audio.reading import stored_bytes
 from mtl_dist.runtime import World
-from mtl_dist.streams.keys import generator
+from mtl_dist.streams.batches import MicroBatch, Read, joined, prepare
 from mtl_dist.streams.order import Order
 from mtl_dist.streams.retry import ShardError
 from mtl_dist.streams.table import Table
-from mtl_dist.tasks.base import Keyed, Task, TaskBatch
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MicroBatch:
-    """One task's clips of one micro-step: the batch and, for messages, the clips' ids."""
-
-    batch: TaskBatch
-    ids: list[str]
-
-
-class Read(NamedTuple):
-    """How many clips were heard, and how many bytes they have as they are stored."""
-
-    clips: int = 0
-    stored_bytes: int = 0
-
-    def __add__(self, other: "Read") -> "Read":
-        """Add up both."""
-        return Read(self.clips + other.clips, self.stored_bytes + other.stored_bytes)
+from mtl_dist.tasks.base import Task, TaskBatch
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -195,7 +173,7 @@ class RoundStream(IterableDataset):
                 continue
             own = [part.batches[name] for part in parts if name in part.batches]
             ids = [clip for micro in own for clip in micro.ids]
-            whole = _joined([micro.batch for micro in own])
+            whole = joined([micro.batch for micro in own])
             result.micro_batches[name] = [
                 MicroBatch(
                     batch=TaskBatch(*(t[first : first + size] for t in whole)),
@@ -219,43 +197,6 @@ def endless_positions(first_round: int, own: range, dealt: range) -> Iterator[in
     return (
         n * len(dealt) + place - dealt.start for n in itertools.count(first_round) for place in own
     )
-
-
-def keyed_generators(seed: int, task: str, epoch: int) -> Keyed:
-    """Return keyed(clip id, purpose) -> generator for the draws of a task in an epoch."""
-    return partial(generator, seed, task, epoch)
-
-
-def prepare(
-    task: Task, rows: list[tuple[int, dict]], reader: ClipReader, seed: int
-) -> tuple[MicroBatch, list[str]]:
-    """Read and prepare the crops of (epoch, row) pairs: (micro-batch, ["file: reason"] of bad clips)."""
-    clips, bad = [], []
-    for epoch, row in rows:
-        keyed = keyed_generators(seed, task.name, epoch)
-        try:
-            clip: Clip = reader.crop(row, task.crop_samples, keyed(row["id"], "crop"))
-            clips.append((epoch, task.augment(clip, keyed)))
-        except BadClipError as error:
-            bad.append(str(error))
-            clips.append((epoch, reader.absent(row)))
-    parts = []
-    for epoch, group in itertools.groupby(clips, key=lambda pair: pair[0]):
-        keyed = keyed_generators(seed, task.name, epoch)
-        parts += batches([clip for _, clip in group], task, keyed, bad)
-    return MicroBatch(batch=_joined(parts), ids=[row["id"] for _, row in rows]), bad
-
-
-def batches(clips: list[Clip], task: Task, keyed: Keyed, bad: list[str]) -> list[TaskBatch]:
-    """Return the batch of some clips; or, where the noise of one cannot be read, batches of one, noting it in `bad`."""
-    try:
-        return [task.prepare(clips, keyed)]
-    except BadClipError as error:
-        if len(clips) > 1:
-            return [batch for clip in clips for batch in batches([clip], task, keyed, bad)]
-        bad.append(str(error))
-        absent = dataclasses.replace(clips[0], wave=clips[0].wave[:0], label=-1)
-        return [task.prepare([absent], keyed)]
 
 
 class Rounds:
@@ -300,12 +241,6 @@ class Rounds:
             self.loader._shutdown_workers()
             for worker in self.loader._workers:  # one that waits for data hears of nothing else
                 worker.kill()
-
-
-def _joined(batches: list[TaskBatch]) -> TaskBatch:
-    if len(batches) == 1:
-        return batches[0]
-    return TaskBatch(*map(torch.cat, zip(*batches, strict=True)))
 
 
 def _outlive_signals(worker: int) -> None:

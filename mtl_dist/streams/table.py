@@ -38,8 +38,8 @@ class Table:
         corpus = np.unique(np.asarray(self.rows["corpus"][:]), return_inverse=True)[1].reshape(-1)
         owner = np.where(alone, -1, corpus)
         place = np.where(alone, np.arange(len(self)), block)
-        number = np.unique(np.stack([owner, place], axis=1), axis=0, return_inverse=True)[1]
-        return number.reshape(-1).astype(np.int64)
+        both = (owner + 1) * (place.max() + 1) + place
+        return np.unique(both, return_inverse=True)[1].reshape(-1).astype(np.int64)
 
     def dealt(self, places: int) -> list[tuple[np.ndarray, range]]:
         """Deal the places of a round to groups of rows: [(row numbers, places)]; one group where no source has a weight.
