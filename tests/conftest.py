@@ -16,15 +16,20 @@ from hub_fixtures import client, copy_of_hub, hub, opened  # noqa: F401
 torch.set_num_threads(1)
 LONGEST = (
     "slurm",
-    "demo",
-    "launch",
-    "failures",
     "readme",
+    "hub_run",
+    "launch",
+    "demo",
+    "failures",
     "engines",
-    "hub",
     "resume",
     "bad_launch",
     "watchdog",
+    "hub_faults",
+    "hub",
+    "audio_files_by_url",
+    "sharded",
+    "one_notation",
 )
 
 

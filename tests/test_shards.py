@@ -12,7 +12,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from parquet_files import AUDIO, FAST, GROUPS, all_audio, audio_of, write, write_table
 
-from mtl_dist.streams import shard_file
+from mtl_dist.streams import parquet_file
 from mtl_dist.streams.retry import Remote, ShardError
 from mtl_dist.streams.shards import Shards
 from mtl_dist.streams.sources import Source
@@ -114,8 +114,8 @@ def test_the_object_is_small(tmp_path):
 
 def test_a_footer_is_parsed_once_however_often_blocks_of_its_file_are_read(tmp_path, monkeypatch):
     write(tmp_path / "corpus", [[1, 1]] * 40)
-    parse, parsed = shard_file.parse_footer, []
-    monkeypatch.setattr(shard_file, "parse_footer", lambda f: (parsed.append(f), parse(f))[1])
+    parse, parsed = parquet_file.parse_footer, []
+    monkeypatch.setattr(parquet_file, "parse_footer", lambda f: (parsed.append(f), parse(f))[1])
     shards = pickle.loads(pickle.dumps(Shards.open("mine", str(tmp_path / "corpus"))))
     parsed.clear()
     for block in [*range(len(shards))] * 2:
