@@ -10,7 +10,7 @@ import fsspec
 import pyarrow as pa
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from parquet_files import AUDIO, FAST, GROUPS, all_audio, audio_of, write, write_table
+from parquet_files import AUDIO, FAST, GROUPS, IMPATIENT, all_audio, audio_of, write, write_table
 
 from mtl_dist.streams import parquet_file
 from mtl_dist.streams.retry import Remote, ShardError
@@ -197,7 +197,9 @@ def remote(folder, monkeypatch):
     monkeypatch.setattr(MemoryFileSystem, "cat_file", lambda *a, **k: faults.cat_file(*a, **k))
     for path in root.iterdir():
         fsspec.filesystem("memory").pipe(f"/faulty/{path.name}", path.read_bytes())
-    return Shards.open("mine", "memory://faulty", FAST), faults, audio_of(written[:16])
+    shards = Shards.open("mine", "memory://faulty", FAST)
+    shards.remote = IMPATIENT
+    return shards, faults, audio_of(written[:16])
 
 
 def test_the_errors_of_any_file_system_are_retried_with_a_log(remote, caplog):
@@ -229,4 +231,4 @@ def test_a_file_system_that_stays_away_ends_in_bounded_time(remote):
         ShardError, match=r"rank 0 on .*row group 0.*SlowDown.*gave up after attempt"
     ):
         shards.read(0)
-    assert time.monotonic() - began < FAST.patience_seconds + 15
+    assert time.monotonic() - began < IMPATIENT.patience_seconds + 15

@@ -26,6 +26,7 @@ import pyarrow as pa
 from mtl_dist.streams.audio_files import AudioFile, AudioFiles, in_pieces
 from mtl_dist.streams.block_cache import BlockCache
 from mtl_dist.streams.fetch import list_files, read_range
+from mtl_dist.streams.one_table import in_one_table
 from mtl_dist.streams.parquet_file import load_parquet
 from mtl_dist.streams.retry import HopelessError, Remote, ShardError, persist, speaker
 from mtl_dist.streams.shard_file import Audio, ShardFile, SourceFile, names_below
@@ -205,38 +206,10 @@ class Shards:
             source = self.sources[file.source]
             with self._undamaged(file.shown()):
                 tables.append(file.listing(blocks[number], source, columns, parts[number]))
-        self._tell_keys_apart(tables)
-        table = self._joined(tables)
+        table = in_one_table(self.corpus, self.sources, self._files, tables)
         place = np.concatenate([np.arange(count) for count in self.rows])
         table = table.append_column("block", pa.array(np.repeat(np.arange(len(self)), self.rows)))
         return table.append_column("place", pa.array(place))
-
-    def _tell_keys_apart(self, tables: list[pa.Table]) -> None:
-        """Put each tar's name before its keys, where keys of one source come in several of its tars."""
-        names = [name.removesuffix(".tar") for name in names_below(self._files)]
-        for number, source in enumerate(self.sources):
-            own = [
-                n
-                for n, f in enumerate(self._files)
-                if f.source == number and f.named_by_key(source)
-            ]
-            keys = [set(tables[n]["id"].to_pylist()) for n in own]
-            if sum(map(len, keys)) > len(set().union(*keys)):
-                for n in own:
-                    ids = pa.array([f"{names[n]}/{key}" for key in tables[n]["id"].to_pylist()])
-                    tables[n] = tables[n].set_column(0, "id", ids)
-
-    def _joined(self, tables: list[pa.Table]) -> pa.Table:
-        schema = tables[0].schema
-        for file, table in zip(self._files, tables, strict=True):
-            try:
-                schema = pa.unify_schemas([schema, table.schema], promote_options="permissive")
-            except pa.ArrowException as error:
-                raise ShardError(
-                    f"corpus {self.corpus}, {file.shown()}: a column has another type than in {self._files[0].shown()} "
-                    f"({error}); write both alike"
-                ) from error
-        return pa.concat_tables(tables, promote_options="permissive")
 
     def _fetch(self, file: SourceFile, start: int, end: int, what: str) -> bytes | bytearray:
         received = bytearray()
