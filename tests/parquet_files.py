@@ -13,7 +13,6 @@ GROUPS = [[16, 16, 5], [3], [1, 16]]
 """Rows of each row group of each file."""
 AUDIO = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 FAST = Remote(timeout_seconds=5, patience_seconds=20, first_wait_seconds=0.05)
-IMPATIENT = Remote(timeout_seconds=0.5, patience_seconds=1, first_wait_seconds=0.05)
 
 
 def clips(first: int, count: int) -> list[dict]:
