@@ -6,6 +6,7 @@ override: `--section.field value`. `--print_config` shows everything, `--help` e
 
 import dataclasses
 import difflib
+import functools
 import re
 from typing import get_args, get_type_hints
 
@@ -103,7 +104,12 @@ class Config:
 
 
 def build_parser() -> jsonargparse.ArgumentParser:
-    """Return the parser with every registered task and corpus."""
+    """Return the parser with every registered task and corpus; it is made again when there are others."""
+    return _parser_with(tuple(CORPORA.items()), tuple(TASKS.items()))
+
+
+@functools.lru_cache(maxsize=1)
+def _parser_with(corpora: tuple, tasks: tuple) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
         prog="mtl_dist/train.py",
         description="Train the multitask WaveNet. Without arguments: the embedded demo.",
@@ -116,9 +122,9 @@ def build_parser() -> jsonargparse.ArgumentParser:
     )
     for name, section in SECTIONS.items():
         parser.add_class_arguments(section, name)
-    for name, corpus in CORPORA.items():
+    for name, corpus in corpora:
         parser.add_class_arguments(corpus, f"corpora.{name}")
-    for name, task in TASKS.items():
+    for name, task in tasks:
         parser.add_class_arguments(task.Config, f"tasks.{name}")
     return parser
 
