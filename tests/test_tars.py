@@ -176,7 +176,7 @@ def test_a_data_set_of_the_hub_may_be_tars(folder, tmp_path, monkeypatch):
 
 
 def test_a_fault_while_headers_are_read_costs_one_request_more(folder, monkeypatch, caplog):
-    fsspec.filesystem("memory").pipe("/faulty/a.tar", (folder / "train-00000.tar").read_bytes())
+    fsspec.filesystem("memory").pipe("/faulty_tars/a.tar", (folder / "train-00000.tar").read_bytes())
     calls, cat_file = [], MemoryFileSystem.cat_file
 
     def failing(*args, **kwargs):
@@ -187,11 +187,11 @@ def test_a_fault_while_headers_are_read_costs_one_request_more(folder, monkeypat
 
     monkeypatch.setattr(MemoryFileSystem, "cat_file", failing)
     with caplog.at_level(logging.WARNING, "mtl_dist"):
-        Shards.open("mine", "memory://faulty/a.tar", FAST)
+        Shards.open("mine", "memory://faulty_tars/a.tar", FAST)
     faulty, calls[:] = len(calls), [()] * 10
-    Shards.open("mine", "memory://faulty/a.tar", FAST)
+    Shards.open("mine", "memory://faulty_tars/a.tar", FAST)
     assert faulty == len(calls) - 10 + 1
-    assert "corpus mine, memory:///faulty/a.tar: RuntimeError: SlowDown" in caplog.text
+    assert "corpus mine, memory:///faulty_tars/a.tar: RuntimeError: SlowDown" in caplog.text
 
 
 def test_keys_that_come_in_several_tars_have_their_tars_name_before_them(tmp_path):

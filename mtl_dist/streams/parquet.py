@@ -4,13 +4,14 @@ So that one row group costs one request, and no byte of audio is read for a list
 """
 
 import bisect
-import io
 import struct
 from collections.abc import Iterable
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from mtl_dist.streams.range_file import SeekableFile
 
 MAGIC = b"PAR1"
 TAIL_BYTES = 65_536
@@ -154,30 +155,12 @@ def _zigzag(data: memoryview, at: int) -> tuple[int, int]:
     return value >> 1 ^ -(value & 1), at
 
 
-class Window(io.RawIOBase):
+class Window(SeekableFile):
     """A readable file of which only some ranges are there: {start: bytes}."""
 
     def __init__(self, parts: dict[int, bytes], size: int):
-        self.parts, self.size, self.position = parts, size, 0
+        self.parts, self.size = parts, size
         self.starts = sorted(parts)
-
-    def readable(self) -> bool:
-        """Say that it can be read."""
-        return True
-
-    def seekable(self) -> bool:
-        """Say that it can be read in any order."""
-        return True
-
-    def tell(self) -> int:
-        """Return the position."""
-        return self.position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move the position."""
-        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
-        self.position = origin + offset
-        return self.position
 
     def read(self, count: int = -1) -> memoryview:
         """Return `count` bytes, or fewer (none) where they do not lie in one of the ranges."""

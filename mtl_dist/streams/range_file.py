@@ -7,22 +7,11 @@ FIRST_PIECE, LARGEST_PIECE = 16_384, 1 << 20
 """Bytes of a request: of the first, and of one to which they were doubled while reads lay close to each other."""
 
 
-class RangeFile(io.RawIOBase):
-    """A file of `size` bytes, read by fetch(first, end): a piece at a time, larger ones where reading goes straight on.
+class SeekableFile(io.RawIOBase):
+    """What is the same in every readable file of a known size."""
 
-    Only the last piece is kept. One read never takes more than one fetch.
-    """
-
-    def __init__(
-        self,
-        fetch: Callable[[int, int], bytes],
-        size: int,
-        largest_piece: int,
-        first_piece: int = FIRST_PIECE,
-    ):
-        self.fetch, self.size = fetch, size
-        self.first_piece, self.largest_piece = first_piece, largest_piece
-        self.position, self.start, self.data, self.piece = 0, 0, b"", first_piece
+    size: int
+    position: int = 0
 
     def readable(self) -> bool:
         """Say that it can be read."""
@@ -41,6 +30,24 @@ class RangeFile(io.RawIOBase):
         origin = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
         self.position = origin + offset
         return self.position
+
+
+class RangeFile(SeekableFile):
+    """A file of `size` bytes, read by fetch(first, end): a piece at a time, larger ones where reading goes straight on.
+
+    Only the last piece is kept. One read never takes more than one fetch.
+    """
+
+    def __init__(
+        self,
+        fetch: Callable[[int, int], bytes],
+        size: int,
+        largest_piece: int,
+        first_piece: int = FIRST_PIECE,
+    ):
+        self.fetch, self.size = fetch, size
+        self.first_piece, self.largest_piece = first_piece, largest_piece
+        self.start, self.data, self.piece = 0, b"", first_piece
 
     def read(self, count: int = -1) -> bytes:
         """Return `count` bytes, or those up to the end."""
