@@ -176,7 +176,9 @@ def test_a_data_set_of_the_hub_may_be_tars(folder, tmp_path, monkeypatch):
 
 
 def test_a_fault_while_headers_are_read_costs_one_request_more(folder, monkeypatch, caplog):
-    fsspec.filesystem("memory").pipe("/faulty_tars/a.tar", (folder / "train-00000.tar").read_bytes())
+    fsspec.filesystem("memory").pipe(
+        "/faulty_tars/a.tar", (folder / "train-00000.tar").read_bytes()
+    )
     calls, cat_file = [], MemoryFileSystem.cat_file
 
     def failing(*args, **kwargs):
