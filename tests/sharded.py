@@ -5,6 +5,7 @@ import itertools
 from pathlib import Path
 
 from mtl_dist import cli
+from mtl_dist.corpora.base import SPLITS
 
 LAYOUTS = {"fsdkaggle2018": "FSDKaggle2018", "librispeech": "LibriSpeech", "chime3": "CHiME3"}
 
@@ -41,3 +42,10 @@ def joined(ranks: list[list[dict]]) -> list[dict]:
         {task: [clip for share in shares for clip in share[task]] for task in shares[0]}
         for shares in zip(*ranks, strict=True)
     ]
+
+
+def splits_of(corpus) -> dict[str, list]:
+    return {
+        s: sorted(zip(corpus.splits[s]["id"], corpus.splits[s]["label"], strict=True))
+        for s in SPLITS
+    }
