@@ -16,6 +16,7 @@ from mtl_dist.audio.clips import ClipReader
 from mtl_dist.config import Config, ConfigError
 from mtl_dist.corpora import Corpus
 from mtl_dist.corpora.base import SPLITS
+from mtl_dist.models.layer import KERNELS
 from mtl_dist.models.multitask import MultitaskModel
 from mtl_dist.models.wavenet import WaveNetTrunk, receptive_field
 from mtl_dist.phases import Phases
@@ -78,6 +79,7 @@ class Experiment:
             residual_projection=model.residual_projection,
             skip_outputs=model.skip_outputs,
             input_gain=model.input_gain,
+            kernel=KERNELS["eager" if model.kernel == "auto" else model.kernel],
         )
         return MultitaskModel(trunk, self.tasks)
 

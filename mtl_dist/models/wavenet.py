@@ -5,7 +5,8 @@ Shapes: B clips, C channels, T samples. Tested by tests/test_model.py.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+
+from mtl_dist.models.layer import LayerKernel, LayerWeights, eager
 
 
 def receptive_field(blocks: int, layers: int) -> int:
@@ -14,24 +15,25 @@ def receptive_field(blocks: int, layers: int) -> int:
 
 
 class ResidualLayer(nn.Module):
-    """h = sigmoid(W_gate * x) . tanh(W_filter * x); x + h (paper section 3.2), kernel 2, causal.
+    """One layer's parameters; `kernel` computes it (layer.py).
 
     Filter and gate are one convolution with twice the channels. `project`: a 1x1 convolution of h in the residual path,
     as in the original WaveNet (van den Oord et al. 2016, section 2.4); the paper's formula has none.
     """
 
-    def __init__(self, channels: int, dilation: int, project: bool):
+    def __init__(self, channels: int, dilation: int, project: bool, kernel: LayerKernel):
         super().__init__()
-        self.dilation = dilation
+        self.dilation, self.kernel = dilation, kernel
         self.filter_gate = nn.Conv1d(channels, 2 * channels, kernel_size=2, dilation=dilation)
-        self.projection = nn.Conv1d(channels, channels, 1) if project else nn.Identity()
+        self.projection = nn.Conv1d(channels, channels, 1) if project else None
 
     def forward(self, x_BCT: Tensor) -> tuple[Tensor, Tensor]:
         """Return (x + h, h)."""
-        past = functional.pad(x_BCT, (self.dilation, 0))
-        filtered, gate = self.filter_gate(past).chunk(2, dim=1)
-        hidden = self.projection(torch.sigmoid(gate) * torch.tanh(filtered))
-        return x_BCT + hidden, hidden
+        projection = (None, None)
+        if self.projection is not None:
+            projection = self.projection.weight, self.projection.bias
+        filter_gate = self.filter_gate.weight, self.filter_gate.bias
+        return self.kernel(x_BCT, LayerWeights(*filter_gate, *projection, self.dilation))
 
 
 class WaveNetTrunk(nn.Module):
@@ -50,6 +52,7 @@ class WaveNetTrunk(nn.Module):
         residual_projection: bool = False,
         skip_outputs: bool = False,
         input_gain: float = 1.0,
+        kernel: LayerKernel = eager,
     ):
         super().__init__()
         self.channels = channels
@@ -59,7 +62,7 @@ class WaveNetTrunk(nn.Module):
         with torch.no_grad():
             self.input.weight.mul_(input_gain)
         self.layers = nn.ModuleList(
-            ResidualLayer(channels, 2**layer, residual_projection)
+            ResidualLayer(channels, 2**layer, residual_projection, kernel)
             for _ in range(blocks)
             for layer in range(layers)
         )
