@@ -50,8 +50,8 @@ class ModelConfig:
     """Heads see the sum of all layers' outputs, as in the original WaveNet, instead of the last layer's."""
     input_gain: float = 1.0
     """Factor on the first convolution's initial weights; above 1, quiet input reaches the curved part of the gates."""
-    kernel: Literal["auto", "eager"] = "auto"
-    """What computes the trunk's layers: eager is the reference; auto: the fastest that runs on the device."""
+    kernel: Literal["auto", "eager", "compile", "cpu", "triton"] = "auto"
+    """What computes the trunk's layers: eager is the reference; auto: cpu on a CPU, on a GPU triton or else eager."""
 
     def __post_init__(self):
         for name in ("blocks", "layers", "channels"):
@@ -69,7 +69,7 @@ class MemoryConfig:
     slice_seconds: float | Literal["auto"] | None = None
     """Train in slices of time that hold so much audio at once; null: all of a micro-batch. auto: what fits budget_gb."""
     recompute: Literal["auto", "none", "layer", "block"] = "auto"
-    """Compute again in the backward what a layer or a block has made, instead of keeping it. auto: as budget_gb asks."""
+    """Compute again in the backward what a layer or a block has made, and do not keep it. auto: layer with a budget_gb."""
     storage: Literal["full", "bf16"] = "full"
     """What is kept for the backward is kept in the precision of the forward, or rounded to bf16: half, and not exact."""
 

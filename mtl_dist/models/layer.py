@@ -26,20 +26,28 @@ class LayerWeights(NamedTuple):
     dilation: int
 
 
-LayerKernel = Callable[[Tensor, LayerWeights], tuple[Tensor, Tensor]]
-"""kernel(x (B, C, T), weights) -> (x + h, h), both (B, C, T), with gradients for x and the weights."""
+LayerKernel = Callable[[Tensor, LayerWeights], tuple[Tensor, Tensor | None]]
+"""kernel(x (B, C, T), weights) -> (x + h, h), both (B, C, T), with gradients for x and the weights. A kernel for trunks
+that do without h may return None for it."""
 
 
 def eager(x_BCT: Tensor, weights: LayerWeights) -> tuple[Tensor, Tensor]:
     """Return (x + h, h) by PyTorch's own operations."""
+    return gated(x_BCT, products(x_BCT, weights), weights.projection, weights.projection_bias)
+
+
+def products(x_BCT: Tensor, weights: LayerWeights) -> Tensor:
+    """Return what filter and gate are computed of, (B, 2C, T)."""
     past = functional.pad(x_BCT, (weights.dilation, 0))
-    products = functional.conv1d(past, weights.filter_gate, weights.bias, dilation=weights.dilation)
-    filtered, gate = products.chunk(2, dim=1)
+    return functional.conv1d(past, weights.filter_gate, weights.bias, dilation=weights.dilation)
+
+
+def gated(
+    x_BCT: Tensor, both: Tensor, projection: Tensor | None, projection_bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return (x + h, h) of x and the products for filter and gate."""
+    filtered, gate = both.chunk(2, dim=1)
     hidden = torch.sigmoid(gate) * torch.tanh(filtered)
-    if weights.projection is not None:
-        hidden = functional.conv1d(hidden, weights.projection, weights.projection_bias)
+    if projection is not None:
+        hidden = functional.conv1d(hidden, projection, projection_bias)
     return x_BCT + hidden, hidden
-
-
-KERNELS: dict[str, LayerKernel] = {"eager": eager}
-"""By the names of model.kernel."""

@@ -1,0 +1,29 @@
+"""What is kept of a forward for its backward: less by computing again, or by rounding. Tested by tests/test_recompute.py."""
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+recomputed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+"""recomputed(function, *arguments): its result, of which only the arguments are kept for the backward."""
+
+
+def kept_in_bf16() -> saved_tensors_hooks:
+    """Return a context in which float32 activations are kept for the backward in bf16: relative rounding of 2^-9.
+
+    Weights and inputs, which are there anyway, and other types are kept as they are.
+    """
+    return saved_tensors_hooks(_pack, _unpack)
+
+
+def _pack(tensor: Tensor) -> tuple[Tensor, bool]:
+    rounds = tensor.dtype == torch.float32 and not tensor.is_leaf
+    return (tensor.bfloat16() if rounds else tensor), rounds
+
+
+def _unpack(kept: tuple[Tensor, bool]) -> Tensor:
+    tensor, rounded = kept
+    return tensor.float() if rounded else tensor
