@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import WeakTensorKeyDictionary
 
 recomputed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 """recomputed(function, *arguments): its result, of which only the arguments are kept for the backward."""
@@ -16,14 +17,17 @@ def kept_in_bf16() -> saved_tensors_hooks:
 
     Weights and inputs, which are there anyway, and other types are kept as they are.
     """
-    return saved_tensors_hooks(_pack, _unpack)
+    rounded = WeakTensorKeyDictionary()  # several operations keep one tensor: it is rounded once
 
+    def pack(tensor: Tensor) -> tuple[Tensor, bool]:
+        if tensor.dtype != torch.float32 or tensor.is_leaf:
+            return tensor, False
+        if tensor not in rounded:
+            rounded[tensor] = tensor.bfloat16()
+        return rounded[tensor], True
 
-def _pack(tensor: Tensor) -> tuple[Tensor, bool]:
-    rounds = tensor.dtype == torch.float32 and not tensor.is_leaf
-    return (tensor.bfloat16() if rounds else tensor), rounds
+    def unpack(kept: tuple[Tensor, bool]) -> Tensor:
+        tensor, was_float32 = kept
+        return tensor.float() if was_float32 else tensor
 
-
-def _unpack(kept: tuple[Tensor, bool]) -> Tensor:
-    tensor, rounded = kept
-    return tensor.float() if rounded else tensor
+    return saved_tensors_hooks(pack, unpack)
