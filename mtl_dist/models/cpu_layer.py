@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from mtl_dist.models.layer import LayerWeights
 
-TILE_BYTES = 1_835_008
+TILE_BYTES = 4 * 2**20
 """What a tile's rows take for a thread: seven of C numbers (two times both products, x, and two gradients), 2 MiB caches."""
 FEWEST_ROWS = 256
 """Products of fewer rows are slow, whatever fits."""
