@@ -144,7 +144,8 @@ def measure(models: dict[str, nn.Module], wave, precision: str, turns: int) -> N
     taps = 3 * wave.numel() * BLOCKS * LAYERS * 2 * (2 * 2 * CHANNELS * CHANNELS) / 1e9
     clips, samples = wave.shape
     print(
-        f"\n{clips} x {samples / RATE:g} s, {precision}, {taps:.1f} GFLOP; GEMM {peak_rate:.0f} GFLOP/s; medians of {turns}\n"
+        f"\n{clips} x {samples / RATE:g} s, {precision}, {taps:.1f} GFLOP; GEMM {peak_rate:.0f} GFLOP/s; "
+        f"medians of {turns}\n"
     )
     print("| contender | ms | plain / it | middle half | share of GEMM | kept, MB | peak, MB |")
     print("|---|---|---|---|---|---|---|")
