@@ -120,8 +120,10 @@ class Keeper:
     def _about(self) -> dict:
         """What a user of the weights needs to rebuild the model and feed it, as model.json."""
         tasks = self.experiment.tasks
+        model = dict(vars(self.config.model))
+        del model["kernel"]  # how it was computed, not what it is
         return {
-            "model": vars(self.config.model),
+            "model": model,
             "data": vars(self.config.data),
             "receptive_field_samples": self.engine.bare.trunk.receptive_field,
             "tasks": {
