@@ -25,6 +25,7 @@ from mtl_dist.preparse import (
 from mtl_dist.sections import (
     DataConfig,
     EvaluationConfig,
+    MemoryConfig,
     ModelConfig,
     OptimConfig,
     RunConfig,
@@ -37,6 +38,7 @@ SECTIONS = {
     "run": RunConfig,
     "train": TrainConfig,
     "model": ModelConfig,
+    "memory": MemoryConfig,
     "optim": OptimConfig,
     "data": DataConfig,
     "evaluation": EvaluationConfig,
@@ -57,6 +59,7 @@ FREE_TO_CHANGE = {
     "train.log_every",
     "train.max_nonfinite",
     "train.stop_after_rounds",
+    "model.kernel",
     "data.workers",
     "data.max_bad_share",
     "evaluation.max_clips",
@@ -65,8 +68,8 @@ FREE_TO_CHANGE = {
 }
 """Fields that may differ when a run goes on: they do not change what is learned from a given round."""
 
-PLACES = re.compile(r"corpora\.\w+\.(root|manifest|sources|remote\..*)")
-"""Fields that say where a corpus lies and how it is fetched: it may have moved."""
+PLACES = re.compile(r"corpora\.\w+\.(root|manifest|sources|remote\..*)|memory\.\w+")
+"""Fields that say where a corpus lies and how it is fetched: it may have moved. And where memory ends."""
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -78,6 +81,7 @@ class Config:
     run: RunConfig
     train: TrainConfig
     model: ModelConfig
+    memory: MemoryConfig
     optim: OptimConfig
     data: DataConfig
     evaluation: EvaluationConfig

@@ -1,6 +1,7 @@
 """From a configuration to the things it names: corpora, tasks, tables of clips, reader, model."""
 
 import dataclasses
+import functools
 import hashlib
 import math
 import sys
@@ -16,7 +17,9 @@ from mtl_dist.audio.clips import ClipReader
 from mtl_dist.config import Config, ConfigError
 from mtl_dist.corpora import Corpus
 from mtl_dist.corpora.base import SPLITS
+from mtl_dist.models.kernels import REFERENCE, Choice, choose_kernel
 from mtl_dist.models.multitask import MultitaskModel
+from mtl_dist.models.storage import recomputed
 from mtl_dist.models.wavenet import WaveNetTrunk, receptive_field
 from mtl_dist.phases import Phases
 from mtl_dist.runtime import World, collect
@@ -67,10 +70,31 @@ class Experiment:
             positions=positions,
         )
 
-    def build_model(self) -> MultitaskModel:
-        """Return a new model; its initial values depend on run.seed and the tasks alone."""
-        torch.manual_seed(self.config.run.seed)
+    def kernel(self, device: torch.device) -> Choice:
+        """Return what computes the layers on a device."""
         model = self.config.model
+        alone = not (model.skip_outputs or model.residual_projection)
+        return choose_kernel(model.kernel, device, alone)
+
+    def recompute(self, device: torch.device | None) -> str:
+        """Return what the backward computes again: none, layer (whatever is asked, by kernels that do it), or block."""
+        asked = self.config.memory.recompute
+        if asked == "auto":
+            asked = "none" if self.config.memory.budget_gb is None else "layer"
+        by_itself = device is not None and self.kernel(device).recomputes
+        return "layer" if by_itself and asked == "none" else asked
+
+    def build_model(self, device: torch.device | None = None) -> MultitaskModel:
+        """Return a new model; its initial values depend on run.seed and the tasks alone.
+
+        Its kernel is that for `device`; without one, the reference.
+        """
+        torch.manual_seed(self.config.run.seed)
+        model, memory = self.config.model, self.config.memory
+        chosen = self.kernel(device) if device is not None else REFERENCE
+        recompute, kernel = self.recompute(device), chosen.kernel
+        if recompute == "layer" and not chosen.recomputes:
+            kernel = functools.partial(recomputed, kernel)
         trunk = WaveNetTrunk(
             blocks=model.blocks,
             layers=model.layers,
@@ -78,6 +102,9 @@ class Experiment:
             residual_projection=model.residual_projection,
             skip_outputs=model.skip_outputs,
             input_gain=model.input_gain,
+            kernel=kernel,
+            recompute_blocks=recompute == "block",
+            bf16_storage=memory.storage == "bf16",
         )
         return MultitaskModel(trunk, self.tasks)
 

@@ -93,7 +93,7 @@ class Keeper:
         """Return the best checkpoint with a plain model of its weights; None, with a warning, if a rank cannot read it."""
         path, model = checkpoint.best_checkpoint(self.folder.checkpoints), None
         if path is not None:
-            model = self.experiment.build_model()
+            model = self.experiment.build_model(self.engine.accelerator.device)
             try:
                 checkpoint.load_weights(path, model)
             except (SafetensorError, OSError) as error:
@@ -120,8 +120,10 @@ class Keeper:
     def _about(self) -> dict:
         """What a user of the weights needs to rebuild the model and feed it, as model.json."""
         tasks = self.experiment.tasks
+        model = dict(vars(self.config.model))
+        del model["kernel"]  # how it was computed, not what it is
         return {
-            "model": vars(self.config.model),
+            "model": model,
             "data": vars(self.config.data),
             "receptive_field_samples": self.engine.bare.trunk.receptive_field,
             "tasks": {

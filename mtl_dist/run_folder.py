@@ -47,8 +47,8 @@ class RunFolder:
         """Return where a rank of several writes what its phases took."""
         return self.ranks / f"rank_{rank:05d}.jsonl"
 
-    def open(self, config: Config, world: World, device: torch.device) -> None:
-        """Claim the folder for a run: called by rank 0 before anything is written.
+    def open(self, config: Config, world: World, device: torch.device, kernel: str = "") -> None:
+        """Claim the folder for a run: called by rank 0 before anything is written; `kernel` is noted as the one in force.
 
         Raises:
             ConfigError: it cannot be written, belongs to a run and resume is `no`, or to a run of other settings.
@@ -78,9 +78,8 @@ class RunFolder:
             self._lock()
             write_atomically(self.config, config.text)
             self.checkpoints.mkdir(exist_ok=True)
-            write_atomically(
-                self.path / "environment.json", json.dumps(environment(world, device), indent=2)
-            )
+            found = environment(world, device) | {"kernel": kernel}
+            write_atomically(self.path / "environment.json", json.dumps(found, indent=2))
         except OSError as error:
             raise ConfigError(
                 f"run.dir: {self.path} cannot be written ({error}); name another folder"

@@ -50,12 +50,35 @@ class ModelConfig:
     """Heads see the sum of all layers' outputs, as in the original WaveNet, instead of the last layer's."""
     input_gain: float = 1.0
     """Factor on the first convolution's initial weights; above 1, quiet input reaches the curved part of the gates."""
+    kernel: Literal["auto", "eager", "compile", "cpu", "triton"] = "auto"
+    """What computes the trunk's layers: eager is the reference; auto: cpu on a CPU, on a GPU triton or else eager."""
 
     def __post_init__(self):
         for name in ("blocks", "layers", "channels"):
             check(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
         check("layers", self.layers, self.layers <= 30, "30 or fewer")
         check("input_gain", self.input_gain, 0 < self.input_gain < math.inf, "more than 0")
+
+
+@dataclasses.dataclass(kw_only=True)
+class MemoryConfig:
+    """What forward and backward may hold in memory. The gradient is the same for all values, but for storage: bf16."""
+
+    budget_gb: float | None = None
+    """GB (10^9 bytes) that a rank's forward and backward may take beside the model; null for no limit."""
+    slice_seconds: float | Literal["auto"] | None = None
+    """Train in slices of time that hold so much audio at once; null: all of a micro-batch. auto: what fits budget_gb."""
+    recompute: Literal["auto", "none", "layer", "block"] = "auto"
+    """Compute again in the backward what a layer or a block has made, and do not keep it. auto: layer with a budget_gb."""
+    storage: Literal["full", "bf16"] = "full"
+    """What is kept for the backward is kept in the precision of the forward, or rounded to bf16: half, and not exact."""
+
+    def __post_init__(self):
+        number = isinstance(self.slice_seconds, (int, float))
+        allowed = not number or 0 < self.slice_seconds < math.inf
+        check("slice_seconds", self.slice_seconds, allowed, "more than 0, auto or null")
+        budget = self.budget_gb
+        check("budget_gb", budget, budget is None or 0 < budget < math.inf, "more than 0, or null")
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -80,7 +80,8 @@ def open_together(accelerator, folder: RunFolder, experiment, phases: Phases) ->
         try:
             main_clips = len(experiment.table(config.train.main_task))
             plan_rounds(config, main_clips, accelerator.num_processes)
-            folder.open(config, world_of(accelerator), accelerator.device)
+            device = accelerator.device
+            folder.open(config, world_of(accelerator), device, experiment.kernel(device).name)
         except ConfigError as error:
             problem = [str(error)]
     raise_together(accelerator, problem, phases)
@@ -94,10 +95,13 @@ def describe(accelerator, experiment, trainer) -> None:
     engine = trainer.engine
     parameters = sum(shape.numel() for shape in engine.shapes.values())
     held = size_text(engine.held_bytes()["parameters"])
+    kernel = experiment.kernel(accelerator.device).name
+    recompute = experiment.recompute(accelerator.device)
     print(
         f"{type(engine.bare).__name__} of {parameters:,} parameters, {held} of them on rank 0, receptive field "
         f"{engine.bare.trunk.receptive_field} samples; {engine.name}, {accelerator.num_processes} processes on "
-        f"{accelerator.device.type}, precision {engine.precision}, {train.schedule}; global batch "
+        f"{accelerator.device.type}, precision {engine.precision}, kernel {kernel}, recompute {recompute}, "
+        f"storage {experiment.config.memory.storage}, {train.schedule}; global batch "
         f"{train.global_batch} = {accelerator.num_processes} ranks x {plan.micro_batch} x {plan.accumulation}; "
         f"{plan.rounds} rounds, {plan.rounds_per_epoch:.1f} an epoch; tasks: {', '.join(train.tasks)}",
         file=sys.stderr,

@@ -124,9 +124,9 @@ def initial_weights(experiment, subset: tuple[str, ...]) -> dict[str, torch.Tens
     return build(experiment, subset).state_dict()
 
 
-def build(experiment, subset: tuple[str, ...]) -> MultitaskModel:
-    """The subset's model: its trunk and the subset's heads only."""
-    model = experiment.build_model()
+def build(experiment, subset: tuple[str, ...], device=None) -> MultitaskModel:
+    """The subset's model: its trunk, with the kernel for a device, and the subset's heads only."""
+    model = experiment.build_model(device)
     return MultitaskModel(model.trunk, {name: experiment.tasks[name] for name in subset})
 
 

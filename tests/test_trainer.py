@@ -179,7 +179,7 @@ def test_the_published_weights_and_their_json_rebuild_the_trunk(make_trainer):
         {n.removeprefix("trunk."): w for n, w in weights.items() if n.startswith("trunk.")}
     )
     wave = torch.randn(2, 300)
-    assert torch.equal(trunk(wave), trainer.engine.bare.trunk(wave))
+    torch.testing.assert_close(trunk(wave), trainer.engine.bare.trunk(wave))  # another kernel
     assert trunk.receptive_field == about["receptive_field_samples"]
     assert about["data"]["sample_rate"] == 16_000
     classes = trainer.experiment.tasks["audio_tagging"].class_names()
