@@ -1,6 +1,7 @@
 """From a configuration to the things it names: corpora, tasks, tables of clips, reader, model."""
 
 import dataclasses
+import functools
 import hashlib
 import math
 import sys
@@ -20,7 +21,8 @@ from mtl_dist.models.layer import KERNELS
 from mtl_dist.models.multitask import MultitaskModel
 from mtl_dist.models.wavenet import WaveNetTrunk, receptive_field
 from mtl_dist.phases import Phases
-from mtl_dist.runtime import World, collect
+from mtl_dist.runtime import World, collect, precision_asked_for
+from mtl_dist.slice_length import slice_samples
 from mtl_dist.streams.rounds import RoundStream
 from mtl_dist.streams.shards import Shards
 from mtl_dist.streams.table import Table
@@ -68,8 +70,20 @@ class Experiment:
             positions=positions,
         )
 
+    @functools.cached_property
+    def slice_samples(self) -> int | None:
+        """Length of a slice of time, or None: the same on every rank. Raises ConfigError where there can be none."""
+        try:
+            precision = precision_asked_for(self.config.train.mixed_precision)
+            return slice_samples(self.config, self._model, self.tasks, precision)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
     def build_model(self) -> MultitaskModel:
         """Return a new model; its initial values depend on run.seed and the tasks alone."""
+        return self._model(self.slice_samples)
+
+    def _model(self, slice_samples: int | None = None) -> MultitaskModel:
         torch.manual_seed(self.config.run.seed)
         model = self.config.model
         trunk = WaveNetTrunk(
@@ -81,7 +95,7 @@ class Experiment:
             input_gain=model.input_gain,
             kernel=KERNELS["eager" if model.kernel == "auto" else model.kernel],
         )
-        return MultitaskModel(trunk, self.tasks)
+        return MultitaskModel(trunk, self.tasks, slice_samples)
 
 
 def build_experiment(config: Config, known: Mapping[str, Corpus] | None = None) -> Experiment:
