@@ -3,15 +3,14 @@
 Tested by tests/test_slice_length.py.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
-import torch
-
-from mtl_dist.activations import peak_bytes, pretended
-from mtl_dist.footprint import batch_of
+from mtl_dist.activations import pretended, stretch_bytes
+from mtl_dist.footprint import size_of, slices_bytes
 from mtl_dist.models.multitask import MultitaskModel
 from mtl_dist.models.slices import Slicer, can_be_sliced
-from mtl_dist.tasks.base import Task, TaskBatch
+from mtl_dist.tasks.base import Task
 
 GB = 10**9
 
@@ -29,8 +28,8 @@ def slice_samples(
         return None
     if precision == "fp16":
         raise ValueError(
-            "memory.slice_seconds: not together with mixed precision fp16, because a slice's gradient is computed before the "
-            "loss is scaled, and small numbers would be lost; use --train.mixed_precision bf16 or no"
+            "memory.slice_seconds: not together with mixed precision fp16, because a slice's gradient is computed before "
+            "the loss is scaled, and small numbers would be lost; use --train.mixed_precision bf16 or no"
         )
     if memory.slice_seconds != "auto":
         return max(1, round(memory.slice_seconds * rate))
@@ -38,42 +37,33 @@ def slice_samples(
         raise ValueError(
             "memory.slice_seconds: auto takes what memory.budget_gb lets it, which is null; say how many GB, or a length"
         )
-    joint = config.train.schedule == "joint"
     with pretended():
-        return longest(round(memory.budget_gb * GB), Passes(build(), tasks, precision, joint))
+        each = Passes(build(), tasks, precision, config.train.schedule)
+        return longest(round(memory.budget_gb * GB), each)
 
 
 class Passes:
     """What a pass takes: bytes beside parameters and their gradients, of a model without slices built in `pretended()`."""
 
     def __init__(
-        self, model: MultitaskModel, tasks: Mapping[str, Task], precision: str, joint: bool
+        self, model: MultitaskModel, tasks: Mapping[str, Task], precision: str, schedule: str
     ):
         heads = model.heads.heads
         self.model, self.precision = model, precision
         self.tasks = {n: task for n, task in tasks.items() if can_be_sliced(task, heads[n])}
         slicers = {n: Slicer(model.trunk, heads[n], task, 1) for n, task in self.tasks.items()}
         self.halos = {name: slicer.halo for name, slicer in slicers.items()}
-        each = [
-            sum(4 * p.numel() for m in (s.trunk, s.head) for p in m.parameters())
-            for s in slicers.values()
-        ]
-        # a pass's own gradients and the sum of those before it; with joint the sums of all tasks wait for the backward
-        self.gradients = max(each, default=0) + (sum(each) if joint else max(each, default=0))
+        size = dataclasses.replace(size_of(model), sliced=[s.elements for s in slicers.values()])
+        self.gradients = slices_bytes(size, schedule)
 
-    def needed(self, samples: int) -> int:
-        """Return the most bytes that are held with slices of so many samples, whatever the clips."""
-        return self.gradients + max(
-            self.activations(name, samples + halo) for name, halo in self.halos.items()
-        )
+    def fullest(self, samples: int) -> str:
+        """Return the task that takes most with slices of so many samples."""
+        return max(self.tasks, key=lambda name: self.needed(name, samples))
 
-    def activations(self, name: str, samples: int) -> int:
-        """Return the bytes of forward and backward of a stretch of a task's audio."""
-        batch = batch_of(self.tasks[name], 1)
-        wave = torch.zeros(1, samples)
-        targets = wave if batch.targets.ndim == 2 else batch.targets
-        stretch = TaskBatch(wave, targets, torch.full((1,), samples))
-        return peak_bytes(self.model, {name: stretch}, self.precision)
+    def needed(self, name: str, samples: int) -> int:
+        """Return the most bytes that are held for a task in slices of so many samples, whatever the clips."""
+        stretch = samples + self.halos[name]
+        return self.gradients + stretch_bytes(self.model, self.tasks[name], stretch, self.precision)
 
 
 def longest(budget: int, passes: Passes) -> int:
@@ -83,14 +73,15 @@ def longest(budget: int, passes: Passes) -> int:
         raise ValueError(
             "memory.slice_seconds: no task of train.tasks can be computed in slices; use null"
         )
-    short, long = (passes.needed(n) for n in (least, 2 * least))
+    name = passes.fullest(2 * least)
+    short, long = (passes.needed(name, n) for n in (least, 2 * least))
     if short > budget:
         raise ValueError(
             f"memory.budget_gb: {budget / GB:g} GB are not enough for slices of time. The shortest, {least} samples with "
-            f"a halo of {max(passes.halos.values())}, take {short / GB:.3g} GB, {passes.gradients / GB:.3g} GB of them for "
+            f"a halo of {passes.halos[name]}, take {short / GB:.3g} GB, {passes.gradients / GB:.3g} GB of them for "
             "gradients; allow so much, or use a smaller model"
         )
     found = least + int((budget - short) * least / (long - short))
-    while passes.needed(found) > budget:  # memory is not quite a straight line
+    while passes.needed(name, found) > budget:  # memory is not quite a straight line
         found = max(least, int(0.98 * found))
     return found

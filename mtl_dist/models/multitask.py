@@ -44,7 +44,7 @@ class Heads(nn.Module):
 
 
 class MultitaskModel(nn.Module):
-    """forward({task: TaskBatch}) -> {task: (sum of losses, number of terms)}, in slices of `slice_samples` if it is given."""
+    """forward({task: TaskBatch}) -> {task: (sum of losses, number of terms)}, in slices of `slice_samples` if given."""
 
     def __init__(
         self, trunk: WaveNetTrunk, tasks: Mapping[str, Task], slice_samples: int | None = None

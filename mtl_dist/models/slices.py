@@ -75,11 +75,20 @@ class Slicer:
         self.reach = 0 if self.pooled else head.reach
         self.halo = trunk.receptive_field - 1 + 2 * self.reach
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those of trunk and head."""
+        return [*self.trunk.parameters(), *self.head.parameters()]
+
+    @property
+    def elements(self) -> int:
+        """How many numbers the parameters are."""
+        return sum(p.numel() for p in self.parameters)
+
     def loss_sum(self, batch: TaskBatch) -> Tensor:
         """Return the sum of the task's losses; its gradient is computed with it, and handed on by its backward."""
-        parameters = [*self.trunk.parameters(), *self.head.parameters()]
         work = self._pooled_gradients if self.pooled else self._local_gradients
-        return _SumWithGradients.apply(partial(work, batch), *parameters)
+        return _SumWithGradients.apply(partial(work, batch), *self.parameters)
 
     @torch.no_grad()
     def outputs(self, batch: TaskBatch) -> Tensor:
