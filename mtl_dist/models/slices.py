@@ -188,7 +188,8 @@ class _SumWithGradients(torch.autograd.Function):
     """To the outside one differentiable number: its gradients exist after the forward, and the backward scales them.
 
     Inside, gradients are asked for by name (autograd.grad), which leaves the parameters' own gradients and the hooks on
-    them alone. Autocast must not keep its copies of the weights: those made without gradients would be used with them.
+    them alone. Autocast must not keep its copies of the weights: older torch would use those made without gradients where
+    gradients are asked for (pytorch issue 112583).
     """
 
     @staticmethod
