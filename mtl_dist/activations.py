@@ -4,6 +4,7 @@ Tested by tests/test_planning.py.
 """
 
 import contextlib
+import copy
 import dataclasses
 import weakref
 from collections.abc import Iterable, Mapping
@@ -80,11 +81,25 @@ def peak_bytes(model: MultitaskModel, batches: Mapping[str, TaskBatch], precisio
     return live.peak
 
 
+def stretch_bytes(model: MultitaskModel, task: Task, samples: int, precision: str) -> int:
+    """Return the most bytes of one forward and backward of a stretch of a task's audio, not cut into slices of time."""
+    whole = copy.copy(model)
+    whole.slicers = {}
+    wave, targets = torch.zeros(1, samples), batch_of(task, 1).targets
+    stretch = TaskBatch(wave, wave if targets.ndim == 2 else targets, torch.full((1,), samples))
+    return peak_bytes(whole, {task.name: stretch}, precision)
+
+
 def measure_activations(model: MultitaskModel, task: Task, precision: str) -> Activations:
     """Follow a task's forward and backward of one clip and of two: the difference is a clip's, the rest is constant.
 
-    Called with a model built in `pretended()`, it takes seconds and no memory for a model of any size.
+    Called with a model built in `pretended()`, it takes seconds and no memory for a model of any size. In slices of time
+    it is one pass and its gradients, however many clips.
     """
+    if task.name in model.slicers:
+        slicer = model.slicers[task.name]
+        held = stretch_bytes(model, task, slicer.samples + slicer.halo, precision)
+        return Activations(constant=held + 8 * slicer.elements, per_clip=0)
     one, two = (
         peak_bytes(model, {task.name: batch_of(task, clips)}, precision) for clips in (1, 2)
     )

@@ -69,7 +69,7 @@ def run_evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     accelerator = start(config.train.mixed_precision)
     try:
         experiment = build_together(accelerator, config, Phases())
-        model = experiment.build_model(accelerator.device).to(accelerator.device)
+        model = experiment.build_model().to(accelerator.device)
         check_classes(path, experiment)
         checkpoint.load_weights(path, model)
         result = evaluate(accelerator, model, experiment, options.split)

@@ -18,11 +18,13 @@ from mtl_dist.config import Config, ConfigError
 from mtl_dist.corpora import Corpus
 from mtl_dist.corpora.base import SPLITS
 from mtl_dist.models.kernels import REFERENCE, Choice, choose_kernel
+from mtl_dist.models.layer import LayerKernel, eager, outline
 from mtl_dist.models.multitask import MultitaskModel
 from mtl_dist.models.storage import recomputed
 from mtl_dist.models.wavenet import WaveNetTrunk, receptive_field
 from mtl_dist.phases import Phases
-from mtl_dist.runtime import World, collect
+from mtl_dist.runtime import World, collect, precision_asked_for
+from mtl_dist.slice_length import slice_samples
 from mtl_dist.streams.rounds import RoundStream
 from mtl_dist.streams.shards import Shards
 from mtl_dist.streams.table import Table
@@ -37,6 +39,8 @@ class Experiment:
     corpora: dict[str, Corpus]
     tasks: dict[str, Task]
     reader: ClipReader
+    device: torch.device | None = None
+    """Where models are computed; None where nobody trains, with the reference kernel."""
 
     def table(self, task: str) -> Table:
         """Return the training rows of all sources of a task."""
@@ -70,30 +74,48 @@ class Experiment:
             positions=positions,
         )
 
-    def kernel(self, device: torch.device) -> Choice:
-        """Return what computes the layers on a device."""
+    @functools.cached_property
+    def kernel(self) -> Choice:
+        """What computes the layers on `device`."""
+        if self.device is None:
+            return REFERENCE
         model = self.config.model
         alone = not (model.skip_outputs or model.residual_projection)
-        return choose_kernel(model.kernel, device, alone)
+        return choose_kernel(model.kernel, self.device, alone, model.channels)
 
-    def recompute(self, device: torch.device | None) -> str:
-        """Return what the backward computes again: none, layer (whatever is asked, by kernels that do it), or block."""
+    @property
+    def recompute(self) -> str:
+        """What the backward computes again: none, layer (whatever is asked, by kernels that do it), or block."""
         asked = self.config.memory.recompute
         if asked == "auto":
             asked = "none" if self.config.memory.budget_gb is None else "layer"
-        by_itself = device is not None and self.kernel(device).recomputes
-        return "layer" if by_itself and asked == "none" else asked
+        return "layer" if self.kernel.recomputes and asked == "none" else asked
 
-    def build_model(self, device: torch.device | None = None) -> MultitaskModel:
-        """Return a new model; its initial values depend on run.seed and the tasks alone.
+    @functools.cached_property
+    def slice_samples(self) -> int | None:
+        """Length of a slice of time, or None: the same on every rank. Raises ConfigError where there can be none."""
+        try:
+            precision = precision_asked_for(self.config.train.mixed_precision)
+            build = functools.partial(self._model, self._outline_of_kernel())
+            return slice_samples(self.config, build, self.tasks, precision)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
-        Its kernel is that for `device`; without one, the reference.
-        """
+    def build_model(self) -> MultitaskModel:
+        """Return a new model; its initial values depend on run.seed and the tasks alone."""
+        return self._model(self.kernel.kernel, self.slice_samples)
+
+    def build_outline(self) -> MultitaskModel:
+        """Return a model that holds in memory what that of `build_model` does: for tensors without numbers."""
+        return self._model(self._outline_of_kernel(), self.slice_samples)
+
+    def _outline_of_kernel(self) -> LayerKernel:
+        return outline if self.kernel.recomputes else eager
+
+    def _model(self, kernel: LayerKernel, slices: int | None = None) -> MultitaskModel:
         torch.manual_seed(self.config.run.seed)
-        model, memory = self.config.model, self.config.memory
-        chosen = self.kernel(device) if device is not None else REFERENCE
-        recompute, kernel = self.recompute(device), chosen.kernel
-        if recompute == "layer" and not chosen.recomputes:
+        model, memory, recompute = self.config.model, self.config.memory, self.recompute
+        if recompute == "layer" and not self.kernel.recomputes:
             kernel = functools.partial(recomputed, kernel)
         trunk = WaveNetTrunk(
             blocks=model.blocks,
@@ -106,11 +128,15 @@ class Experiment:
             recompute_blocks=recompute == "block",
             bf16_storage=memory.storage == "bf16",
         )
-        return MultitaskModel(trunk, self.tasks)
+        return MultitaskModel(trunk, self.tasks, slices)
 
 
-def build_experiment(config: Config, known: Mapping[str, Corpus] | None = None) -> Experiment:
-    """List the corpora that the trained tasks hear, but for those that are `known`, and build the tasks.
+def build_experiment(
+    config: Config,
+    known: Mapping[str, Corpus] | None = None,
+    device: torch.device | None = None,
+) -> Experiment:
+    """List the corpora that the trained tasks hear, but for those that are `known`, and build the tasks; for Experiment.device.
 
     Raises:
         ConfigError: a corpus or task cannot be built as configured; the message names the field, file or row.
@@ -141,7 +167,9 @@ def build_experiment(config: Config, known: Mapping[str, Corpus] | None = None) 
             for name, corpus in corpora.items()
         },
     )
-    experiment = Experiment(config=config, corpora=corpora, tasks=tasks, reader=reader)
+    experiment = Experiment(
+        config=config, corpora=corpora, tasks=tasks, reader=reader, device=device
+    )
     for name in tasks:
         table = experiment.table(name)
         if not len(table):
@@ -166,7 +194,7 @@ def build_together(accelerator: Accelerator, config: Config, phases: Phases) -> 
     for turn in range(3):
         if place == turn:
             try:
-                experiment = build_experiment(config, known[0])
+                experiment = build_experiment(config, known[0], accelerator.device)
             except ConfigError as error:
                 problem = [str(error) if accelerator.is_main_process else f"on {node()}: {error}"]
         raise_together(accelerator, problem, phases)

@@ -46,10 +46,14 @@ ENGINES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """Shapes of the parameters, and the number of elements of the largest module that FSDP2 gathers at a time."""
+    """Shapes of the parameters, and the number of elements of the largest module that FSDP2 gathers at a time.
+
+    `sliced`: those that a task computed in slices of time hangs on, of each such task; their gradients are held twice.
+    """
 
     shapes: list[torch.Size]
     largest_unit: int
+    sliced: list[int] = dataclasses.field(default_factory=list)
 
     @property
     def elements(self) -> int:
@@ -63,12 +67,19 @@ class ModelSize:
 
 
 def size_of(model: MultitaskModel) -> ModelSize:
-    """Return a model's sizes; every residual layer, and all heads together, are taken as a unit of FSDP2."""
-    units = [*model.trunk.layers, model.heads]
+    """Return a model's sizes; units of FSDP2 are every residual layer and all heads together, or with slices the model."""
+    units = [*model.trunk.layers, model.heads] if model.slice_samples is None else [model]
     return ModelSize(
         shapes=[p.shape for p in model.parameters()],
         largest_unit=max(sum(p.numel() for p in unit.parameters()) for unit in units),
+        sliced=[slicer.elements for slicer in model.slicers.values()],
     )
+
+
+def slices_bytes(size: ModelSize, schedule: str) -> int:
+    """Return what slices of time hold beside a pass: its own gradients, and their sum in fp32, with joint of all tasks."""
+    largest = max(size.sliced, default=0)
+    return 4 * (largest + (sum(size.sliced) if schedule == "joint" else largest))
 
 
 def shard_elements(size: ModelSize, engine: str, ranks: int) -> int:

@@ -93,7 +93,7 @@ class Keeper:
         """Return the best checkpoint with a plain model of its weights; None, with a warning, if a rank cannot read it."""
         path, model = checkpoint.best_checkpoint(self.folder.checkpoints), None
         if path is not None:
-            model = self.experiment.build_model(self.engine.accelerator.device)
+            model = self.experiment.build_model()
             try:
                 checkpoint.load_weights(path, model)
             except (SafetensorError, OSError) as error:

@@ -67,7 +67,8 @@ class MemoryConfig:
     budget_gb: float | None = None
     """GB (10^9 bytes) that a rank's forward and backward may take beside the model; null for no limit."""
     slice_seconds: float | Literal["auto"] | None = None
-    """Train in slices of time that hold so much audio at once; null: all of a micro-batch. auto: what fits budget_gb."""
+    """Train in slices of time that hold so much audio at once; null: all of a micro-batch. auto: what fits budget_gb. Not
+    with fp16, whose loss scale comes after a slice's gradient."""
     recompute: Literal["auto", "none", "layer", "block"] = "auto"
     """Compute again in the backward what a layer or a block has made, and do not keep it. auto: layer with a budget_gb."""
     storage: Literal["full", "bf16"] = "full"

@@ -30,6 +30,8 @@ from mtl_dist.streams.retry import ShardError
 from mtl_dist.trainer import Trainer, TrainingError
 from mtl_dist.watchdog import Watchdog
 
+log = logging.getLogger("mtl_dist")
+
 
 def run(words: list[str]) -> int:
     """Train as the command line says; return the exit code."""
@@ -80,8 +82,9 @@ def open_together(accelerator, folder: RunFolder, experiment, phases: Phases) ->
         try:
             main_clips = len(experiment.table(config.train.main_task))
             plan_rounds(config, main_clips, accelerator.num_processes)
-            device = accelerator.device
-            folder.open(config, world_of(accelerator), device, experiment.kernel(device).name)
+            _ = experiment.slice_samples  # that there can be one
+            kernel = experiment.kernel.name
+            folder.open(config, world_of(accelerator), accelerator.device, kernel)
         except ConfigError as error:
             problem = [str(error)]
     raise_together(accelerator, problem, phases)
@@ -95,13 +98,19 @@ def describe(accelerator, experiment, trainer) -> None:
     engine = trainer.engine
     parameters = sum(shape.numel() for shape in engine.shapes.values())
     held = size_text(engine.held_bytes()["parameters"])
-    kernel = experiment.kernel(accelerator.device).name
-    recompute = experiment.recompute(accelerator.device)
+    samples, rate = engine.bare.slice_samples, experiment.reader.rate
+    slices = f"slices of {samples} samples ({samples / rate:.4g} s)" if samples else "no slices"
+    for name in engine.bare.unsliced():
+        log.warning(
+            "task %s is computed on whole clips: only a LocalTask (tasks/base.py) whose head has `reach`, or a head with "
+            "`sums` and `classify` (models/heads.py), can be computed in slices of time",
+            name,
+        )
     print(
         f"{type(engine.bare).__name__} of {parameters:,} parameters, {held} of them on rank 0, receptive field "
         f"{engine.bare.trunk.receptive_field} samples; {engine.name}, {accelerator.num_processes} processes on "
-        f"{accelerator.device.type}, precision {engine.precision}, kernel {kernel}, recompute {recompute}, "
-        f"storage {experiment.config.memory.storage}, {train.schedule}; global batch "
+        f"{accelerator.device.type}, precision {engine.precision}, kernel {experiment.kernel.name}, {slices}, recompute "
+        f"{experiment.recompute}, storage {experiment.config.memory.storage}, {train.schedule}; global batch "
         f"{train.global_batch} = {accelerator.num_processes} ranks x {plan.micro_batch} x {plan.accumulation}; "
         f"{plan.rounds} rounds, {plan.rounds_per_epoch:.1f} an epoch; tasks: {', '.join(train.tasks)}",
         file=sys.stderr,

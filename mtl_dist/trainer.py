@@ -1,7 +1,6 @@
 """The loop: rounds, validation, checkpoints, and when to stop."""
 
 import dataclasses
-import functools
 import logging
 import signal
 
@@ -50,7 +49,7 @@ class Trainer:
         )
         self.engine = make_engine(
             accelerator,
-            functools.partial(experiment.build_model, accelerator.device),
+            experiment.build_model,
             lambda model: make_optimizer(model, self.config.optim, self.rates),
             clip_norm=self.config.optim.clip_norm,
             precision=precision_asked_for(self.config.train.mixed_precision),

@@ -28,6 +28,15 @@ def accumulations(subset: tuple[str, ...]) -> tuple[int, ...]:
     return (1, 2) if subset == NAMES else (2,)
 
 
+SLICE_SAMPLES = 11
+"""Shorter than the receptive field and no divisor of any clip."""
+
+
+def slice_words() -> list[str]:
+    """Command-line words that ask for slices of time, of a trunk so wide that ZeRO-3 puts its layers in shards."""
+    return ["--memory.slice_seconds", str(SLICE_SAMPLES / 16_000), "--model.channels", "160"]
+
+
 def weight_words() -> list[str]:
     """Command-line words that give every task a weight of its own."""
     return [f"--tasks.{name}.weight={weight}" for name, weight in WEIGHTS.items()]
@@ -124,10 +133,11 @@ def initial_weights(experiment, subset: tuple[str, ...]) -> dict[str, torch.Tens
     return build(experiment, subset).state_dict()
 
 
-def build(experiment, subset: tuple[str, ...], device=None) -> MultitaskModel:
-    """The subset's model: its trunk, with the kernel for a device, and the subset's heads only."""
-    model = experiment.build_model(device)
-    return MultitaskModel(model.trunk, {name: experiment.tasks[name] for name in subset})
+def build(experiment, subset: tuple[str, ...]) -> MultitaskModel:
+    """The subset's model: its trunk and the subset's heads only."""
+    model = experiment.build_model()
+    tasks = {name: experiment.tasks[name] for name in subset}
+    return MultitaskModel(model.trunk, tasks, model.slice_samples)
 
 
 def worst_error(found: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> float:

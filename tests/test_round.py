@@ -48,6 +48,17 @@ def test_micro_batches_and_schedules_have_the_gradient_of_one_big_batch(experime
             assert report.total == pytest.approx(total, rel=1e-5)
 
 
+@pytest.mark.parametrize("subset", [big_batch.NAMES, ("audio_tagging",)], ids="+".join)
+def test_slices_of_time_have_the_gradient_of_one_big_batch(corpora_root, subset):
+    words = tiny.tiny_words(corpora_root, *big_batch.weight_words(), *big_batch.slice_words())
+    experiment = build_experiment(load_config(words))
+    truth, means = big_batch.true_gradients(big_batch.build(experiment, subset), subset)
+    for schedule in SCHEDULES:
+        report, gradients = one_round(experiment, subset, schedule, 2)
+        assert big_batch.worst_error(gradients, truth) < LAW, schedule
+        assert report.losses == pytest.approx(means, rel=1e-5)
+
+
 def clipped(truth: dict, limit: float) -> tuple[dict, float]:
     """The truth after torch's own clipping by the global norm, and the norm before it."""
     parameters = {name: torch.nn.Parameter(torch.zeros_like(g)) for name, g in truth.items()}
@@ -68,8 +79,11 @@ def test_clipping_is_that_of_the_big_batchs_global_norm(experiment, limit):
         assert report.grad_norm == pytest.approx(norm, rel=1e-5)
 
 
+@pytest.mark.parametrize("more", [[], big_batch.slice_words()], ids=["whole clips", "slices"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_round_with_a_nan_takes_no_step_and_names_task_and_clip(experiment, schedule):
+def test_a_round_with_a_nan_takes_no_step_and_names_task_and_clip(corpora_root, schedule, more):
+    words = tiny.tiny_words(corpora_root, *big_batch.weight_words(), *more)
+    experiment = build_experiment(load_config(words))
     report, step = one_round(experiment, big_batch.NAMES, schedule, 2, poison="upsampling")
     assert step == {}
     assert report.nonfinite == ["upsampling: clip 6"]

@@ -14,7 +14,13 @@ class FullyShardedDataParallel(Engine):
     """Every parameter is a DTensor: rank r holds the r-th slice of its first dimension."""
 
     def prepare_for(self, accelerator: Accelerator) -> None:
-        """Gather weights in the engine's precision, reduce gradients in fp32; autocast handles the inputs."""
+        """Gather weights in the engine's precision, reduce gradients in fp32; autocast handles the inputs.
+
+        In slices of time gradients are computed within the forward: units inside the model would scatter them there, slice
+        by slice. Then the whole model is one unit, gathered before the forward.
+        """
+        if self.bare.slice_samples is not None:
+            accelerator.state.fsdp_plugin.auto_wrap_policy = None
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=DTYPES.get(self.precision),
             reduce_dtype=torch.float32,

@@ -18,7 +18,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from mtl_dist.engines.data_parallel import MOMENTS, Engine
-from mtl_dist.models.multitask import Heads
+from mtl_dist.models.multitask import Heads, MultitaskModel
 
 AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
 
@@ -184,9 +184,11 @@ class Zero3(Zero):
 
         A head that is first used after micro-step 0 would get a stale gradient buffer, 1e-2 off. As a leaf, idle heads get
         their zeros from DeepSpeed; touching them as well would reach parameters that it has put back into shards already.
+        In slices of time, whose gradients are computed within the forward, the whole model is the leaf.
         """
         super().prepare_for(accelerator)
-        set_z3_leaf_modules(self.bare, [Heads])
+        leaf = Heads if self.bare.slice_samples is None else MultitaskModel
+        set_z3_leaf_modules(self.bare, [leaf])
         self.bare.heads.touch_idle = False
 
     def local_gradient(self, parameter: nn.Parameter) -> Tensor:

@@ -1,10 +1,18 @@
 """The building blocks of heads. A head's forward takes (hidden_BCT, valid_B) and returns the task's outputs.
 
 Shapes: B clips, C trunk channels, T samples, K classes; valid_B is the number of real samples of each clip.
+
+A head can be computed in slices of time (slices.py) if it has `reach`, as ConvHead, or `sums` and `classify`, as
+PooledClassifier.
 """
 
 import torch
 from torch import Tensor, nn
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return the tensor in fp32, or as it is where it is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class ConvHead(nn.Module):
@@ -24,6 +32,11 @@ class ConvHead(nn.Module):
             nn.Conv1d(hidden, 1, width, padding=width // 2),
         )
 
+    @property
+    def reach(self) -> int:
+        """How many features before and after its own an output hangs on; beyond both ends every layer is padded by zeros."""
+        return 2 * (self.layers[0].kernel_size[0] // 2)
+
     def forward(self, hidden_BCT: Tensor, valid_B: Tensor) -> Tensor:
         """Return one predicted sample per time step: (B, T)."""
         return self.layers(hidden_BCT).squeeze(1)
@@ -41,14 +54,20 @@ class PooledClassifier(nn.Module):
             nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, classes)
         )
 
-    def forward(self, hidden_BCT: Tensor, valid_B: Tensor) -> Tensor:
-        """Return logits (B, K)."""
+    def sums(self, hidden_BCT: Tensor, valid_B: Tensor) -> Tensor:
+        """Return the features' sum over the real samples (B, C), in fp32 or wider; sums of stretches of time add up."""
         time = torch.arange(hidden_BCT.shape[-1], device=hidden_BCT.device)
         mask_BT = time < valid_B[:, None]
         with torch.autocast(
             hidden_BCT.device.type, enabled=False
         ):  # long sums: fp16 overflows, bf16 drops
-            wide = torch.promote_types(hidden_BCT.dtype, torch.float32)
-            total_BC = torch.einsum("bct,bt->bc", hidden_BCT.to(wide), mask_BT.to(wide))
-            mean_BC = total_BC / valid_B.clamp(min=1)[:, None]
-        return self.layers(mean_BC)
+            hidden_BCT = wide(hidden_BCT)
+            return torch.einsum("bct,bt->bc", hidden_BCT, mask_BT.to(hidden_BCT.dtype))
+
+    def classify(self, sums_BC: Tensor, valid_B: Tensor) -> Tensor:
+        """Return logits (B, K) of clips by the sums of all their samples."""
+        return self.layers(sums_BC / valid_B.clamp(min=1)[:, None])
+
+    def forward(self, hidden_BCT: Tensor, valid_B: Tensor) -> Tensor:
+        """Return logits (B, K)."""
+        return self.classify(self.sums(hidden_BCT, valid_B), valid_B)

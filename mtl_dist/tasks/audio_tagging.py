@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mtl_dist.audio.clips import Clip, ClipReader
 from mtl_dist.metrics import average_precision_at_3
-from mtl_dist.models.heads import PooledClassifier
+from mtl_dist.models.heads import PooledClassifier, wide
 from mtl_dist.tasks.base import (
     Keyed,
     SumCount,
@@ -81,7 +81,7 @@ class AudioTagging(Task):
 
     def loss(self, outputs: Tensor, batch: TaskBatch) -> SumCount:
         """Sum of the cross entropies of the clips that are there, and their number."""
-        terms = nn.functional.cross_entropy(outputs.float(), batch.targets, reduction="none")
+        terms = nn.functional.cross_entropy(wide(outputs), batch.targets, reduction="none")
         return terms.masked_fill(batch.valid == 0, 0.0).sum(), self.count(batch)
 
     def metrics(self, outputs: Tensor, batch: TaskBatch) -> dict[str, SumCount]:

@@ -148,6 +148,26 @@ class Task:
         return []
 
 
+class LocalTask(Task):
+    """A task whose loss is a sum of terms, each of which belongs to one output position in time.
+
+    With a head that has `reach` it is computed in slices of time where memory.slice_seconds asks for it (models/slices.py);
+    tasks on a head with `sums` and `classify` are too, whatever their loss; others are computed whole.
+    """
+
+    def terms(self, outputs: Tensor, batch: TaskBatch, first: int) -> Tensor:
+        """Return all terms of outputs (B, L) at positions first .. first + L - 1 of the batch's T; 0 where there is none."""
+        raise NotImplementedError
+
+    def positions(self, batch: TaskBatch) -> tuple[int, Tensor]:
+        """Return the first position with a term, and for each clip that after the last: int64 (B,). Others are left out."""
+        return 0, torch.full_like(batch.valid, batch.inputs.shape[1])
+
+    def loss(self, outputs: Tensor, batch: TaskBatch) -> SumCount:
+        """Return (sum of all terms, their number)."""
+        return self.terms(outputs, batch, 0).sum(), self.count(batch)
+
+
 TASKS: dict[str, type[Task]] = {}
 
 

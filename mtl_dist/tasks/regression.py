@@ -9,8 +9,8 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from mtl_dist.models.heads import ConvHead
-from mtl_dist.tasks.base import SumCount, Task, TaskBatch, TaskConfig, TaskContext
+from mtl_dist.models.heads import ConvHead, wide
+from mtl_dist.tasks.base import LocalTask, TaskBatch, TaskConfig, TaskContext
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -30,7 +30,7 @@ class RegressionConfig(TaskConfig):
             raise ValueError(f"filter_width: {self.filter_width} is not allowed; use an odd number")
 
 
-class RegressionTask(Task):
+class RegressionTask(LocalTask):
     """A task whose head predicts the wave `targets` (B, T), `delay` samples late."""
 
     Config = RegressionConfig
@@ -74,13 +74,21 @@ class RegressionTask(Task):
         """Number of compared frames in the batch."""
         return self.frames(batch).sum().double()
 
-    def loss(self, outputs: Tensor, batch: TaskBatch) -> SumCount:
-        """Sum of the loss over the compared frames, and their number."""
-        estimate, target = self.align(outputs, batch.targets)
-        time = torch.arange(estimate.shape[-1], device=estimate.device)
-        mask = time < self.frames(batch)[:, None]
-        terms = self.elementwise(estimate.float(), target)
-        return terms.masked_fill(~mask, 0.0).sum(), self.count(batch)
+    def positions(self, batch: TaskBatch) -> tuple[int, Tensor]:
+        """The output of the first target, and of each clip that after its last frame's."""
+        first = max(0, self.delay)
+        return first, first + self.frames(batch)
+
+    def terms(self, outputs: Tensor, batch: TaskBatch, first: int) -> Tensor:
+        """Loss of the outputs that have a target; that at t + delay is compared with the target at t."""
+        start = first - self.delay
+        missing = max(0, -start)
+        target = batch.targets[:, start + missing : start + outputs.shape[-1]]
+        estimate = outputs[:, missing : missing + target.shape[-1]]
+        _, stops = self.positions(batch)
+        time = first + missing + torch.arange(target.shape[-1], device=outputs.device)
+        mask = time < stops[:, None]
+        return self.elementwise(wide(estimate), target).masked_fill(~mask, 0.0)
 
     def compared(self, outputs: Tensor, batch: TaskBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Return (estimate, target, input) of a batch of one clip, its compared frames only: (T',) each."""

@@ -71,6 +71,20 @@ def poisoned_rounds(accelerator, experiment) -> dict:
     return outcome
 
 
+def slices(accelerator, corpora: Path, out: Path) -> None:
+    """Write slices.safetensors (rank 0) and slices_RANK.json: all tasks, and the labelled one alone, in slices of time."""
+    words = tiny.tiny_words(corpora, *big_batch.weight_words(), *big_batch.slice_words())
+    experiment = build_experiment(load_config(words))
+    assert set(experiment.build_model().slicers) == set(big_batch.NAMES)
+    gradients, reports = {}, {}
+    for subset in (big_batch.NAMES, big_batch.NAMES[:1]):
+        found, told, _ = gradients_of(accelerator, experiment, subset, None)
+        gradients, reports = gradients | found, reports | told
+    (out / f"slices_{accelerator.process_index}.json").write_text(json.dumps(reports))
+    if accelerator.is_main_process:
+        save_file(gradients, out / "slices.safetensors")
+
+
 def main(corpora: Path, out: Path, shared: Path) -> None:
     """Write gradients.safetensors (rank 0) and outcome_RANK.json."""
     accelerator = start("launcher")
@@ -88,6 +102,7 @@ def main(corpora: Path, out: Path, shared: Path) -> None:
     (name,) = names
     crossing.resume_all(accelerator, corpora, shared, name, newest=2)
     crossing.write(accelerator, corpora, shared, name)
+    slices(accelerator, corpora, out)  # last: FSDP2 keeps in mind that the whole model is one unit
     leave(accelerator)
 
 

@@ -27,10 +27,10 @@ def gradients(accelerator, corpora: str, mode: str) -> dict[str, torch.Tensor]:
     kernel, recompute, storage = mode.split(",")
     words = ["--model.kernel", kernel, "--memory.recompute", recompute, "--memory.storage", storage]
     words = tiny.tiny_words(Path(corpora), *big_batch.weight_words(), *words)
-    experiment = build_experiment(load_config(words))
+    experiment = build_experiment(load_config(words), device=accelerator.device)
     engine = make_engine(
         accelerator,
-        lambda: big_batch.build(experiment, big_batch.NAMES, accelerator.device),
+        lambda: big_batch.build(experiment, big_batch.NAMES),
         lambda model: torch.optim.SGD(model.parameters(), lr=big_batch.RATE),
     )
     first, _ = engine.full_state()
