@@ -1,25 +1,26 @@
 """The Triton kernels of a residual layer; triton_layer.py launches them.
 
-Every program walks over tiles of BLOCK_T samples of one clip, all channels at once, and holds the weights meanwhile. Channels
-are padded with zeros to BLOCK_C, a power of two. Products take operands of DTYPE and are summed in fp32. Tested by
-tests/test_triton.py.
+Every program walks over tiles of BLOCK_T samples of one clip, all channels at once, and holds the weights meanwhile.
+Channels are padded with zeros to BLOCK_C, a power of two. Products take operands of DTYPE and are summed in fp32. Tested
+by tests/test_triton.py.
 """
 
-import torch
 import triton
 import triton.language as tl
-
-TYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
-"""What products can be taken in."""
 
 
 def interpreted() -> bool:
     """Whether TRITON_INTERPRET=1 was set when triton was imported: kernels then run on CPU tensors, slowly."""
     return not isinstance(forward_kernel, triton.JITFunction)
+
+
+@triton.jit
+def operand(values, DTYPE: tl.constexpr, WIDE: tl.constexpr):
+    """Return values rounded to DTYPE, for a product; WIDE: in fp32 again (the interpreter multiplies bf16's bits)."""
+    values = values.to(DTYPE)
+    if WIDE:
+        values = values.to(tl.float32)
+    return values
 
 
 @triton.jit
@@ -31,12 +32,13 @@ def load_times(rows, inside, times, samples):
 
 @triton.jit
 def load_weight(
-    weight_ptr, c, C: tl.constexpr, gate: tl.constexpr, tap: tl.constexpr, DTYPE: tl.constexpr
-):
+    weight_ptr, c, C: tl.constexpr, gate: tl.constexpr, tap: tl.constexpr,
+    DTYPE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """Return filter_gate[gate * C + c, c, tap], (BLOCK_C, BLOCK_C)."""
     offsets = ((gate * C + c)[:, None] * C + c[None, :]) * 2 + tap
     mask = (c < C)[:, None] & (c < C)[None, :]
-    return tl.load(weight_ptr + offsets, mask=mask, other=0.0).to(DTYPE)
+    return operand(tl.load(weight_ptr + offsets, mask=mask, other=0.0), DTYPE, WIDE)
 
 
 @triton.jit
@@ -69,15 +71,16 @@ def gates(filtered, gate, FULL: tl.constexpr):
 def forward_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, hidden_ptr, clips, samples, dilation,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr, FULL: tl.constexpr, OUT: tl.constexpr, HIDDEN: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr,
+    OUT: tl.constexpr, HIDDEN: tl.constexpr,
 ):  # fmt: skip
     """Write x + h where OUT, h where HIDDEN."""
     c = tl.arange(0, BLOCK_C)
     inside = c < C
-    filter_past = load_weight(weight_ptr, c, C, 0, 0, DTYPE)
-    filter_now = load_weight(weight_ptr, c, C, 0, 1, DTYPE)
-    gate_past = load_weight(weight_ptr, c, C, 1, 0, DTYPE)
-    gate_now = load_weight(weight_ptr, c, C, 1, 1, DTYPE)
+    filter_past = load_weight(weight_ptr, c, C, 0, 0, DTYPE, WIDE)
+    filter_now = load_weight(weight_ptr, c, C, 0, 1, DTYPE, WIDE)
+    gate_past = load_weight(weight_ptr, c, C, 1, 0, DTYPE, WIDE)
+    gate_now = load_weight(weight_ptr, c, C, 1, 1, DTYPE, WIDE)
     filter_bias = tl.load(bias_ptr + c, mask=inside, other=0.0).to(tl.float32)
     gate_bias = tl.load(bias_ptr + C + c, mask=inside, other=0.0).to(tl.float32)
     tiles = tl.cdiv(samples, BLOCK_T)
@@ -85,8 +88,8 @@ def forward_kernel(
         rows = ((tile // tiles).to(tl.int64) * C + c)[:, None] * samples  # beyond 2**31 in a batch
         times = tile % tiles * BLOCK_T + tl.arange(0, BLOCK_T)
         x = load_times(x_ptr + rows, inside, times, samples)
-        now = x.to(DTYPE)
-        past = load_times(x_ptr + rows, inside, times - dilation, samples).to(DTYPE)
+        now = operand(x, DTYPE, WIDE)
+        past = operand(load_times(x_ptr + rows, inside, times - dilation, samples), DTYPE, WIDE)
         filtered = two_taps(filter_past, filter_now, filter_bias, past, now, PRECISION)
         gate = two_taps(gate_past, gate_now, gate_bias, past, now, PRECISION)
         curved, opened = gates(filtered, gate, FULL)
@@ -112,12 +115,14 @@ def load_gradient(
 
 
 @triton.jit
-def gate_gradients(filtered, gate, gradient, DTYPE: tl.constexpr, FULL: tl.constexpr):
+def gate_gradients(
+    filtered, gate, gradient, DTYPE: tl.constexpr, WIDE: tl.constexpr, FULL: tl.constexpr
+):
     """Return the gradients of filtered and gate, rounded to DTYPE for the products that follow."""
     curved, opened = gates(filtered, gate, FULL)
     of_filter = gradient * opened * (1.0 - curved * curved)
     of_gate = gradient * curved * opened * (1.0 - opened)
-    return of_filter.to(DTYPE), of_gate.to(DTYPE)
+    return operand(of_filter, DTYPE, WIDE), operand(of_gate, DTYPE, WIDE)
 
 
 @triton.jit
@@ -125,8 +130,8 @@ def backward_kernel(
     x_ptr, weight_ptr, bias_ptr, grad_out_ptr, grad_hidden_ptr, grad_x_ptr, weight_parts_ptr,
     bias_parts_ptr, clips, samples, dilation,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr, FULL: tl.constexpr, OUT: tl.constexpr, HIDDEN: tl.constexpr,
-    OF_X: tl.constexpr, OF_WEIGHTS: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr,
+    OUT: tl.constexpr, HIDDEN: tl.constexpr, OF_X: tl.constexpr, OF_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of x where OF_X, and where OF_WEIGHTS this program's share of those of weight and bias.
 
@@ -135,10 +140,10 @@ def backward_kernel(
     """
     c = tl.arange(0, BLOCK_C)
     inside = c < C
-    filter_past = load_weight(weight_ptr, c, C, 0, 0, DTYPE)
-    filter_now = load_weight(weight_ptr, c, C, 0, 1, DTYPE)
-    gate_past = load_weight(weight_ptr, c, C, 1, 0, DTYPE)
-    gate_now = load_weight(weight_ptr, c, C, 1, 1, DTYPE)
+    filter_past = load_weight(weight_ptr, c, C, 0, 0, DTYPE, WIDE)
+    filter_now = load_weight(weight_ptr, c, C, 0, 1, DTYPE, WIDE)
+    gate_past = load_weight(weight_ptr, c, C, 1, 0, DTYPE, WIDE)
+    gate_now = load_weight(weight_ptr, c, C, 1, 1, DTYPE, WIDE)
     filter_bias = tl.load(bias_ptr + c, mask=inside, other=0.0).to(tl.float32)
     gate_bias = tl.load(bias_ptr + C + c, mask=inside, other=0.0).to(tl.float32)
     sum_filter_past = tl.zeros((BLOCK_C, BLOCK_C), tl.float32)
@@ -153,22 +158,22 @@ def backward_kernel(
         times = tile % tiles * BLOCK_T + tl.arange(0, BLOCK_T)
         later = times + dilation
         x, grad_out, grad_hidden = x_ptr + rows, grad_out_ptr + rows, grad_hidden_ptr + rows
-        now = load_times(x, inside, times, samples).to(DTYPE)
+        now = operand(load_times(x, inside, times, samples), DTYPE, WIDE)
 
         if OF_X:
-            future = load_times(x, inside, later, samples).to(DTYPE)
+            future = operand(load_times(x, inside, later, samples), DTYPE, WIDE)
             filtered = two_taps(filter_past, filter_now, filter_bias, now, future, PRECISION)
             gate = two_taps(gate_past, gate_now, gate_bias, now, future, PRECISION)
             gradient = load_gradient(grad_out, grad_hidden, inside, later, samples, OUT, HIDDEN)
-            of_filter, of_gate = gate_gradients(filtered, gate, gradient, DTYPE, FULL)
+            of_filter, of_gate = gate_gradients(filtered, gate, gradient, DTYPE, WIDE, FULL)
             grad_x = tl.dot(tl.trans(filter_past), of_filter, input_precision=PRECISION)
             grad_x = tl.dot(tl.trans(gate_past), of_gate, grad_x, input_precision=PRECISION)
 
-        past = load_times(x, inside, times - dilation, samples).to(DTYPE)
+        past = operand(load_times(x, inside, times - dilation, samples), DTYPE, WIDE)
         filtered = two_taps(filter_past, filter_now, filter_bias, past, now, PRECISION)
         gate = two_taps(gate_past, gate_now, gate_bias, past, now, PRECISION)
         gradient = load_gradient(grad_out, grad_hidden, inside, times, samples, OUT, HIDDEN)
-        of_filter, of_gate = gate_gradients(filtered, gate, gradient, DTYPE, FULL)
+        of_filter, of_gate = gate_gradients(filtered, gate, gradient, DTYPE, WIDE, FULL)
         if OF_X:
             grad_x = tl.dot(tl.trans(filter_now), of_filter, grad_x, input_precision=PRECISION)
             grad_x = tl.dot(tl.trans(gate_now), of_gate, grad_x, input_precision=PRECISION)

@@ -9,6 +9,7 @@ each of three recomputations (at t and t + dilation, and for the weights), 16 C^
 Shapes: B clips, C channels, T samples.
 """
 
+import functools
 import importlib.util
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ from torch.nn import functional
 
 from mtl_dist.models.layer import LayerWeights, eager
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What products can be taken in."""
 CHANNELS = 64
 """At most. A program holds the weights of all channels; those of 128 do not fit the shared memory of an H100."""
 LAUNCHES = ((True, False), (False, True))
@@ -51,14 +54,20 @@ def can_run(device: torch.device, channels: int, dtype: torch.dtype) -> str | No
 
     `dtype` is autocast's where that is on, else the parameters'.
     """
-    if importlib.util.find_spec("triton") is None:
+    return _layers_reason(channels, dtype) or _device_reason(device, dtype)
+
+
+def _layers_reason(channels: int, dtype: torch.dtype) -> str | None:
+    if channels > CHANNELS:
+        return f"{channels} channels are more than {CHANNELS}"
+    return None if dtype in DTYPES else f"the precision is {dtype}"
+
+
+def _device_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    if not _installed():
         return "triton is not installed"
     from mtl_dist.models import triton_kernels
 
-    if channels > CHANNELS:
-        return f"{channels} channels are more than {CHANNELS}"
-    if dtype not in triton_kernels.TYPES:
-        return f"the precision is {dtype}"
     if triton_kernels.interpreted():
         return None
     if device.type != "cuda" or torch.version.cuda is None:
@@ -71,38 +80,49 @@ def can_run(device: torch.device, channels: int, dtype: torch.dtype) -> str | No
     return None
 
 
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def products_in(x: Tensor) -> torch.dtype:
     """Return the type that a convolution of x would be computed in here: autocast's where it is on, else that of x."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def _launch(kernel: str, x_BCT: Tensor, pointers: list[Tensor], precision: Precision, **flags):
-    """Run a kernel on all tiles of x with as many programs as `_programs` says; nothing for tensors without numbers."""
-    if isinstance(x_BCT, FakeTensor):
-        return
+def settings(kernel: str, channels: int, precision: Precision) -> dict:
+    """Return the constants that a kernel of triton_kernels.py is compiled with, whatever the outputs."""
     import triton
 
     from mtl_dist.models import triton_kernels
 
-    clips, channels, samples = x_BCT.shape
     half = precision.dtype != torch.float32
-    block = 64 if half or kernel == "forward_kernel" else 32
+    block = 64 if half or kernel == "forward_kernel" else 32  # as registers and shared memory allow
+    return {
+        "C": channels,
+        "BLOCK_C": max(16, triton.next_power_of_2(channels)),
+        "BLOCK_T": block,
+        "DTYPE": getattr(triton.language, str(precision.dtype).removeprefix("torch.")),
+        "WIDE": triton_kernels.interpreted(),
+        "PRECISION": precision.dot,
+        "FULL": not half,
+        "num_warps": 4 if block == 64 else 8,
+        "num_stages": 1,
+    }
+
+
+def _launch(kernel: str, x_BCT: Tensor, pointers: list[Tensor], precision: Precision, **flags):
+    """Run a kernel on all tiles of x; on tensors without numbers do nothing."""
+    if isinstance(x_BCT, FakeTensor):
+        return
+    from mtl_dist.models import triton_kernels
+
+    clips, channels, samples = x_BCT.shape
+    run = getattr(triton_kernels, kernel)[(_programs(x_BCT),)]
+    flags |= settings(kernel, channels, precision)
     with torch.cuda.device_of(x_BCT):
-        getattr(triton_kernels, kernel)[(_programs(x_BCT),)](
-            *pointers,
-            clips,
-            samples,
-            C=channels,
-            BLOCK_C=max(16, triton.next_power_of_2(channels)),
-            BLOCK_T=block,
-            DTYPE=triton_kernels.TYPES[precision.dtype],
-            PRECISION=precision.dot,
-            FULL=not half,
-            num_warps=4 if block == 64 else 8,
-            num_stages=1,
-            **flags,
-        )
+        run(*pointers, clips, samples, **flags)
 
 
 def _programs(x_BCT: Tensor) -> int:
@@ -157,7 +177,10 @@ def triton_layer(
     can_run gives a reason against the precision or the channels, eager computes the layer.
     """
     dtype = products_in(x_BCT)
-    if can_run(x_BCT.device, x_BCT.shape[1], dtype) is not None:
+    reason = _layers_reason(x_BCT.shape[1], dtype)
+    if not isinstance(x_BCT, FakeTensor):  # those stand for a GPU's wherever they are
+        reason = reason or _device_reason(x_BCT.device, dtype)
+    if reason is not None:
         return eager(x_BCT, weights)
     x_BCT = x_BCT.contiguous()
     projected = weights.projection is not None
