@@ -49,10 +49,12 @@ class Outputs(NamedTuple):
     """h."""
 
 
-def can_run(device: torch.device, channels: int, dtype: torch.dtype) -> str | None:
+def can_run(
+    device: torch.device, channels: int = 1, dtype: torch.dtype = torch.bfloat16
+) -> str | None:
     """Return why this kernel cannot compute layers of `channels` with products in `dtype`, or None where it can.
 
-    `dtype` is autocast's where that is on, else the parameters'.
+    `dtype` is autocast's where that is on, else the parameters'. The defaults ask about the device alone.
     """
     return _layers_reason(channels, dtype) or _device_reason(device, dtype)
 
