@@ -21,14 +21,14 @@ from torch.nn import functional
 
 from mtl_dist.models.layer import LayerWeights, eager
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What products can be taken in."""
 CHANNELS = 64
 """At most. A program holds the weights of all channels; those of 128 do not fit the shared memory of an H100."""
 LAUNCHES = ((True, False), (False, True))
-"""Of the backward: (gradient of x, gradients of the weights). All in one, ((True, True),), reads least, but takes so many
-registers that an SM has room for one program of 32 samples at a time.
+"""Of the backward: (gradient of x, gradients of the weights). All in one, ((True, True),), reads least, but needs more
+registers than there are and writes them to memory in between.
 """
+SHARED = {torch.float32: 152 * 1024, torch.bfloat16: 88 * 1024, torch.float16: 88 * 1024}
+"""Bytes of shared memory that the largest program takes, compiled for compute capability 9.0 (tests/test_triton.py)."""
 INTERPRETED_PROGRAMS = 3
 """Few, so that the interpreter's programs walk over several tiles as a GPU's do."""
 
@@ -62,7 +62,7 @@ def can_run(
 def _layers_reason(channels: int, dtype: torch.dtype) -> str | None:
     if channels > CHANNELS:
         return f"{channels} channels are more than {CHANNELS}"
-    return None if dtype in DTYPES else f"the precision is {dtype}"
+    return None if dtype in SHARED else f"the precision is {dtype}"
 
 
 def _device_reason(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -77,6 +77,9 @@ def _device_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"the GPU's compute capability {major}.{minor} is below 8.0"
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    if shared < SHARED[dtype]:
+        return f"{SHARED[dtype]} bytes of shared memory are more than the GPU's {shared}"
     if dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
         return "the precision is float32 without TF32 (torch.backends.cudnn.allow_tf32)"
     return None
