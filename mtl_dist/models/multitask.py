@@ -44,11 +44,17 @@ class MultitaskModel(nn.Module):
         self.heads = Heads({name: task.build_head(trunk.channels) for name, task in tasks.items()})
 
     def outputs(self, batches: Mapping[str, TaskBatch]) -> tuple[dict[str, Tensor], Tensor]:
-        """Return ({task: head outputs}, a zero that touches idle heads); equally long tasks share one trunk pass."""
+        """Return ({task: head outputs}, a zero that touches idle heads); equally long tasks share one trunk pass.
+
+        Whole clips have one of their own, so that all ranks have as many: their lengths are equal by chance, on one rank.
+        """
         hidden: dict[str, Tensor] = {}
-        lengths = {batch.inputs.shape[1] for batch in batches.values()}
-        for length in sorted(lengths):
-            group = {n: b.inputs for n, b in batches.items() if b.inputs.shape[1] == length}
+        keys = {
+            n: (n, 0) if self.tasks[n].whole else ("", b.inputs.shape[1])
+            for n, b in batches.items()
+        }
+        for key in sorted(set(keys.values())):
+            group = {n: b.inputs for n, b in batches.items() if keys[n] == key}
             features = self.trunk(torch.cat(list(group.values())))
             parts = features.split([len(inputs) for inputs in group.values()])
             hidden.update(zip(group, parts, strict=True))
