@@ -17,7 +17,7 @@ from mtl_dist.round import run_round
 from mtl_dist.runtime import leave, start, world_of
 
 root, out = map(Path, sys.argv[1:])
-accelerator = start("no")
+accelerator = start("launcher")
 experiment = whole.build(root)
 found: dict[str, torch.Tensor] = {}
 for schedule in ("round_robin", "joint"):
