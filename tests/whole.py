@@ -26,6 +26,8 @@ LONGEST = 0.12
 BATCH = 16
 ZEROS = 100
 """More than any loss looks at after the end of a clip."""
+TAIL = {"audio_tagging": 0, "next_step": 0, "noise_reduction": 17, "upsampling": 17}
+"""Zeros after a clip: a delay of 7 and two filters of width 11, which look 5 ahead each."""
 ALONE = World()
 
 
