@@ -44,7 +44,7 @@ def run(out: Path, variant: str, seed: int, words: list[str]) -> dict:
             str(ROOT / "launch_configs/one_cpu.yaml"),
         ]
         entry = [str(ROOT / "mtl_dist/train.py"), "--config", "sample", "--run.resume", "auto"]
-        options = ["--run.dir", str(folder), "--run.seed", str(seed), *VARIANTS[variant], *words]
+        options = ["--run.dir", str(folder), "--run.seed", str(seed), *words]
         out.mkdir(parents=True, exist_ok=True)
         with open(f"{folder}.log", "a") as log:
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -154,7 +154,11 @@ def main() -> None:
     jobs = [(variant, seed) for seed in SEEDS for variant in VARIANTS]
     with ThreadPoolExecutor(options.jobs) as pool:
         done = dict(
-            zip(jobs, pool.map(lambda job: run(options.out, *job, words), jobs), strict=True)
+            zip(
+                jobs,
+                pool.map(lambda job: run(options.out, *job, [*VARIANTS[job[0]], *words]), jobs),
+                strict=True,
+            )
         )
     results = {variant: {seed: done[variant, seed] for seed in SEEDS} for variant in VARIANTS}
     print(

@@ -96,11 +96,11 @@ def evaluation_batches(
 
 
 def forward(accelerator: Accelerator, model, name: str, batch: TaskBatch) -> torch.Tensor:
-    """Return a task's outputs for a batch, a few clips at a time."""
-    batch = batch.to(accelerator.device)
-    parts = []
-    for first in range(0, len(batch.inputs), CLIPS_PER_FORWARD):
-        part = TaskBatch(*(tensor[first : first + CLIPS_PER_FORWARD] for tensor in batch))
+    """Return a task's outputs for a batch, a few clips at a time; whole ones, which differ in length, one by one."""
+    task, parts = model.tasks[name], []
+    batch, size = batch.to(accelerator.device), 1 if task.whole else CLIPS_PER_FORWARD
+    for first in range(0, len(batch.inputs), size):
+        part = task.trimmed(TaskBatch(*(tensor[first : first + size] for tensor in batch)))
         with accelerator.autocast():
             parts.append(model.outputs({name: part})[0][name])
     return torch.cat(parts)

@@ -171,9 +171,10 @@ def checkpoint_bytes(size: ModelSize) -> int:
 
 
 def batch_of(task: Task, clips: int) -> TaskBatch:
-    """Return a batch of absent clips, of the shapes that real ones have: nothing is read."""
+    """Return a batch of absent clips, of the shapes that real ones have, whole ones at their longest: nothing is read."""
     absent = [Clip(id=str(i), wave=np.zeros(0, np.float32)) for i in range(clips)]
-    return task.prepare(absent, keyed_generators(0, task.name, 0))
+    batch = task.prepare(absent, keyed_generators(0, task.name, 0))
+    return batch.with_samples(task.crop_samples + task.tail_samples) if task.whole else batch
 
 
 def round_bytes(tasks: Mapping[str, Task], share: int) -> int:

@@ -41,6 +41,9 @@ def table(facts: dict, case: Case) -> str:
             ("rounds", f"{facts['rounds']:,}", "the whole run"),
         ]
     rows.append(("training clips", f"{sum(facts['clips'].values()):,}", clips))
+    if longest := facts["longest_seconds"]:
+        text = f"whole clips of {', '.join(longest)}; memory is worked out as if all were so long"
+        rows.append(("longest clip", f"{max(longest.values()):g} s", text))
     if "rounds" in facts:
         rows += _stream_rows(facts, case) + _memory_rows(facts, case)
     return format_rows(

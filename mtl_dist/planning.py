@@ -59,6 +59,9 @@ def figures(case: Case, experiment: Experiment, rows: dict[str, int]) -> dict[st
         "parameters": case.size.elements,
         "global_batch": train.global_batch,
         "clips": rows,
+        "longest_seconds": {
+            n: t.config.longest_seconds for n, t in experiment.tasks.items() if t.whole
+        },
         "activation_bytes_per_clip": {n: a.per_clip for n, a in case.activations.items()},
         "checkpoint_bytes": checkpoint,
         "checkpoints_disk_bytes": (train.keep_checkpoints + 1) * checkpoint,

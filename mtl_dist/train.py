@@ -112,7 +112,8 @@ def describe(accelerator, experiment, trainer) -> None:
         f"{accelerator.device.type}, precision {engine.precision}, kernel {experiment.kernel.name}, {slices}, recompute "
         f"{experiment.recompute}, storage {experiment.config.memory.storage}, {train.schedule}; global batch "
         f"{train.global_batch} = {accelerator.num_processes} ranks x {plan.micro_batch} x {plan.accumulation}; "
-        f"{plan.rounds} rounds, {plan.rounds_per_epoch:.1f} an epoch; tasks: {', '.join(train.tasks)}",
+        f"{plan.rounds} rounds, {plan.rounds_per_epoch:.1f} an epoch; tasks: "
+        f"{', '.join(task.describe() for task in experiment.tasks.values())}",
         file=sys.stderr,
     )
 

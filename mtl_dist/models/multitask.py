@@ -71,30 +71,33 @@ class MultitaskModel(nn.Module):
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Return ({task: head outputs}, a zero that touches the heads that are used neither here nor elsewhere).
 
-        Equally long tasks share one trunk pass. Where no gradients are asked for, it is in slices if there are slices.
+        Equally long tasks share one trunk pass. Whole clips have one of their own, so that all ranks have as many: their
+        lengths are equal by chance, on one rank. Where no gradients are asked for, it is in slices if there are slices.
         """
         sliced = {} if torch.is_grad_enabled() else self._in_slices(Slicer.outputs, batches)
+        rest = {name: batch for name, batch in batches.items() if name not in sliced}
         hidden: dict[str, Tensor] = {}
-        whole = {name: batch for name, batch in batches.items() if name not in sliced}
-        lengths = {batch.inputs.shape[1] for batch in whole.values()}
-        for length in sorted(lengths):
-            group = {n: b.inputs for n, b in whole.items() if b.inputs.shape[1] == length}
+        passes = {
+            n: (n, 0) if self.tasks[n].whole else ("", b.inputs.shape[1]) for n, b in rest.items()
+        }
+        for key in sorted(set(passes.values())):
+            group = {n: b.inputs for n, b in rest.items() if passes[n] == key}
             features = self.trunk(torch.cat(list(group.values())))
             parts = features.split([len(inputs) for inputs in group.values()])
             hidden.update(zip(group, parts, strict=True))
-        valid = {name: batch.valid for name, batch in whole.items()}
+        valid = {name: batch.valid for name, batch in rest.items()}
         found, zero = self.heads(hidden, valid, {*elsewhere, *sliced})
         return found | sliced, zero
 
     def forward(self, batches: Mapping[str, TaskBatch]) -> dict[str, tuple[Tensor, Tensor]]:
         """Return each task's (sum, count); the caller divides by the count over all ranks and micro-batches."""
         sums = self._in_slices(Slicer.loss_sum, batches) if torch.is_grad_enabled() else {}
-        whole = {name: batch for name, batch in batches.items() if name not in sums}
-        outputs, zero = self.outputs(whole, elsewhere=sums)
+        rest = {name: batch for name, batch in batches.items() if name not in sums}
+        outputs, zero = self.outputs(rest, elsewhere=sums)
         losses = {
             name: (total, self.tasks[name].count(batches[name])) for name, total in sums.items()
         }
-        losses |= {name: self.tasks[name].loss(outputs[name], whole[name]) for name in whole}
+        losses |= {name: self.tasks[name].loss(outputs[name], rest[name]) for name in rest}
         first = next(iter(losses))
         losses[first] = (losses[first][0] + zero, losses[first][1])
         return losses

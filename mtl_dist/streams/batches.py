@@ -73,7 +73,32 @@ def _batches(clips: list[Clip], task: Task, keyed: Keyed, bad: list[str]) -> lis
 
 
 def joined(batches: list[TaskBatch]) -> TaskBatch:
-    """Put the clips of batches together."""
+    """Put the clips of batches together, zero-padded to the longest."""
     if len(batches) == 1:
         return batches[0]
-    return TaskBatch(*map(torch.cat, zip(*batches, strict=True)))
+    samples = max(batch.inputs.shape[-1] for batch in batches)
+    equal = (batch.with_samples(samples) for batch in batches)
+    return TaskBatch(*map(torch.cat, zip(*equal, strict=True)))
+
+
+def micro_batches(task: Task, parts: list[MicroBatch], size: int) -> list[MicroBatch]:
+    """Cut the clips of a round's parts into micro-batches of `size` clips, in their order.
+
+    Whole clips are sorted first, the longest to the front, and a micro-batch ends with its longest: so little is padded, and
+    the gradient is that of any other order.
+    """
+    ids = [clip for part in parts for clip in part.ids]
+    whole = joined([part.batch for part in parts])
+    if not task.whole:
+        groups = [slice(first, first + size) for first in range(0, len(ids), size)]
+        return [
+            MicroBatch(batch=TaskBatch(*(t[own] for t in whole)), ids=ids[own]) for own in groups
+        ]
+    order = whole.valid.argsort(descending=True, stable=True)
+    return [
+        MicroBatch(
+            batch=task.trimmed(TaskBatch(*(t[own] for t in whole))),
+            ids=[ids[place] for place in own.tolist()],
+        )
+        for own in order.split(size)
+    ]

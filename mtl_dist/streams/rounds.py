@@ -2,7 +2,8 @@
 
 The clips of round k, with crops, noise and SNRs, are a function of (seed, task, k): round k takes positions
 k G .. (k + 1) G - 1 of each task's order (G is the global batch), rank r of R the r-th of R equal shares of them.
-Memory of a worker: one permutation per task and one round of float32 crops. Tested by tests/test_streams.py.
+Memory of a worker: one permutation per task and one round of float32 crops. Tested by tests/test_streams.py, and with whole
+clips by tests/test_whole_clips.py.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from mtl_dist.audio.clips import ClipReader
 from mtl_dist.audio.reading import stored_bytes
 from mtl_dist.runtime import World
-from mtl_dist.streams.batches import MicroBatch, Read, joined, prepare
+from mtl_dist.streams.batches import MicroBatch, Read, micro_batches, prepare
 from mtl_dist.streams.order import Order
 from mtl_dist.streams.retry import ShardError
 from mtl_dist.streams.table import Table
@@ -172,17 +173,10 @@ class RoundStream(IterableDataset):
                 result.micro_batches[name] = []
                 continue
             own = [part.batches[name] for part in parts if name in part.batches]
-            ids = [clip for micro in own for clip in micro.ids]
-            whole = joined([micro.batch for micro in own])
-            result.micro_batches[name] = [
-                MicroBatch(
-                    batch=TaskBatch(*(t[first : first + size] for t in whole)),
-                    ids=ids[first : first + size],
-                )
-                for first in range(0, len(ids), size)
-            ]
-            result.clips += len(ids)
-            result.audio_seconds += float(whole[-1].sum()) / self.reader.rate
+            result.micro_batches[name] = micro_batches(self.tasks[name], own, size)
+            result.clips += sum(len(micro.ids) for micro in own)
+            samples = sum(int(micro.batch.valid.sum()) for micro in own)
+            result.audio_seconds += samples / self.reader.rate
         result.bad = [message for part in parts for message in part.bad]
         corpora = dict.fromkeys(s for task in self.tasks.values() for s in task.config.sources)
         result.read = {

@@ -1,7 +1,8 @@
 """Audio tagging: one label per clip, cross entropy on the mean over time (paper section 3.2.4).
 
 A second labelled task is a subclass with a name of its own and its corpus in `sources`. Evaluated on all windows of a clip
-(class probabilities averaged) and on a single random crop, which is nearest to the paper. K is the number of classes.
+(class probabilities averaged), or on the whole clip at once where it trains on those, and on a single random crop, which is
+nearest to the paper. K is the number of classes.
 """
 
 import dataclasses
@@ -20,7 +21,6 @@ from mtl_dist.tasks.base import (
     TaskBatch,
     TaskConfig,
     TaskContext,
-    pad_waves,
     register_task,
     valid_lengths,
 )
@@ -59,16 +59,17 @@ class AudioTagging(Task):
                 )
 
     def evaluation_clips(self, row: dict, reader: ClipReader, keyed: Keyed) -> list[Clip]:
-        """Return all windows of the row's audio, then one random crop."""
+        """Return all windows of the row's audio, of whole clips the clip, then one random crop."""
+        samples = self.context.crop_samples if self.whole else self.crop_samples
         return [
             *reader.windows(row, self.crop_samples),
-            reader.crop(row, self.crop_samples, keyed(row["id"], "crop")),
+            reader.crop(row, samples, keyed(row["id"], "crop")),
         ]
 
     def prepare(self, clips: list[Clip], generator: Keyed) -> TaskBatch:
         """Inputs are the clips, targets their class indices (0 for an absent clip, which counts for nothing)."""
         labels = torch.tensor([max(0, clip.label) for clip in clips], dtype=torch.int64)
-        waves = pad_waves([clip.wave for clip in clips], self.crop_samples)
+        waves = self.stacked([clip.wave for clip in clips])
         return TaskBatch(waves, labels, valid_lengths(clips))
 
     def build_head(self, channels: int) -> nn.Module:

@@ -5,8 +5,9 @@ README shows one. Tested by tests/test_tasks.py.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +41,17 @@ class TaskBatch(NamedTuple):
         """Return the batch on a device."""
         return TaskBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
+    def with_samples(self, samples: int) -> "TaskBatch":
+        """Return the batch with T = `samples`: what has a time axis, its last one, is cut or zero-padded at the end."""
+        now = self.inputs.shape[-1]
+        if now == samples:
+            return self
+        inputs, targets = (
+            nn.functional.pad(t, (0, samples - now)) if t.ndim > 1 and t.shape[-1] == now else t
+            for t in (self.inputs, self.targets)
+        )
+        return TaskBatch(inputs, targets, self.valid)
+
 
 @dataclasses.dataclass(kw_only=True)
 class TaskConfig:
@@ -55,8 +67,10 @@ class TaskConfig:
     """The head's learning rate is multiplied by this ... (paper section 4.2)"""
     decay_epochs: int = 5
     """... every so many epochs; an epoch is one pass over the main task's training clips."""
-    crop_seconds: float | None = None
-    """Length of this task's crops; null for `data.crop_seconds`."""
+    crop_seconds: float | Literal["data"] | None = "data"
+    """Length of this task's crops; data: that of `data.crop_seconds`; null: whole clips, of any length."""
+    longest_seconds: float = 30.0
+    """Where clips are whole: a longer one is cropped to this, so that memory is bounded."""
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     """What is done to the training crops before the task makes its inputs and targets of them."""
 
@@ -66,8 +80,14 @@ class TaskConfig:
                 raise ValueError(f"{name}: {getattr(self, name)} is not allowed; use {low} or more")
         if self.decay_epochs < 1:
             raise ValueError(f"decay_epochs: {self.decay_epochs} is not allowed; use 1 or more")
-        if self.crop_seconds is not None and not self.crop_seconds > 0:
-            raise ValueError(f"crop_seconds: {self.crop_seconds} is not allowed; use more than 0")
+        if isinstance(self.crop_seconds, (int, float)) and not 0 < self.crop_seconds < math.inf:
+            raise ValueError(
+                f"crop_seconds: {self.crop_seconds} is not allowed; use more than 0, data, or null for whole clips"
+            )
+        if not 0 < self.longest_seconds < math.inf:
+            raise ValueError(
+                f"longest_seconds: {self.longest_seconds} is not allowed; use more than 0"
+            )
 
     def corpora(self) -> list[tuple[str, str]]:
         """Return (field, corpus) of all that the task hears: its sources, its own `noise`, and that of `augment`."""
@@ -100,22 +120,57 @@ class Task:
 
     def __init__(self, config: TaskConfig, context: TaskContext):
         self.config, self.context = config, context
-        self.crop_samples = (
-            context.crop_samples
-            if config.crop_seconds is None
-            else round(config.crop_seconds * context.rate)
+        self.whole = config.crop_seconds is None
+        seconds = config.longest_seconds if self.whole else config.crop_seconds
+        self.crop_samples = (  # of whole clips the most
+            context.crop_samples if seconds == "data" else round(seconds * context.rate)
         )
+        if self.crop_samples < 1:
+            field = "longest_seconds" if self.whole else "crop_seconds"
+            raise ValueError(
+                f"tasks.{self.name}.{field}: {seconds} is less than a sample of {context.rate} Hz"
+            )
         background = None
         if config.augment.noise is not None:
             background = NoiseBank(context.corpora[config.augment.noise], context.rate).draw
         self.augment = Augmentation(config.augment, context.rate, background)
 
+    def describe(self) -> str:
+        """Return the task's name and, where it is not crops of one length, what it is trained on."""
+        whole = f" (whole clips of up to {self.config.longest_seconds:g} s)"
+        return self.name + whole * self.whole
+
+    @property
+    def tail_samples(self) -> int:
+        """How far after its end a clip's loss still looks: so many zeros follow every whole clip.
+
+        Without them its loss would depend on the padding, and so on the clips beside it.
+        """
+        return 0
+
+    def stacked(self, waves: list[np.ndarray]) -> Tensor:
+        """Stack waves into float32 (B, T), zero-padded at the end. T is crop_samples; of whole clips the longest's, and
+        tail_samples."""
+        if not self.whole:
+            return pad_waves(waves, self.crop_samples)
+        return pad_waves(waves, self._samples(max(map(len, waves), default=0)))
+
+    def trimmed(self, batch: TaskBatch) -> TaskBatch:
+        """Return a batch of whole clips without the padding that none of them needs; any other as it is."""
+        samples = self._samples(int(batch.valid.max())) if self.whole else batch.inputs.shape[-1]
+        return batch.with_samples(min(samples, batch.inputs.shape[-1]))
+
+    def _samples(self, longest: int) -> int:
+        return max(1, longest) + self.tail_samples
+
     def evaluation_clips(self, row: dict, reader: ClipReader, keyed: Keyed) -> list[Clip]:
         """Return the clips of one row that are evaluated together: by default one crop, always the same.
 
-        It is data.crop_seconds long even where the task trains on shorter crops: a fraction of a second says little.
+        It is data.crop_seconds long where the task trains on whole clips, so that results can be compared, and even where
+        it trains on shorter crops: a fraction of a second says little.
         """
-        samples = max(self.crop_samples, self.context.crop_samples)
+        samples = self.context.crop_samples
+        samples = samples if self.whole else max(self.crop_samples, samples)
         return [reader.crop(row, samples, keyed(row["id"], "crop"))]
 
     def prepare(self, clips: list[Clip], generator: Keyed) -> TaskBatch:

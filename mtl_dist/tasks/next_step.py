@@ -9,7 +9,6 @@ from mtl_dist.tasks.base import (
     Keyed,
     SumCount,
     TaskBatch,
-    pad_waves,
     register_task,
     valid_lengths,
 )
@@ -38,7 +37,7 @@ class NextStep(RegressionTask):
 
     def prepare(self, clips: list, generator: Keyed) -> TaskBatch:
         """The clip is input and target; the loss compares output t with sample t + 1."""
-        waves = pad_waves([clip.wave for clip in clips], self.crop_samples)
+        waves = self.stacked([clip.wave for clip in clips])
         return TaskBatch(waves, waves, valid_lengths(clips))
 
     def elementwise(self, estimate: Tensor, target: Tensor) -> Tensor:

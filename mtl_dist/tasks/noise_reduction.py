@@ -15,7 +15,6 @@ from mtl_dist.tasks.base import (
     SumCount,
     TaskBatch,
     TaskContext,
-    pad_waves,
     register_task,
     valid_lengths,
 )
@@ -57,7 +56,7 @@ class NoiseReduction(RegressionTask):
     def prepare(self, clips: list[Clip], generator: Keyed) -> TaskBatch:
         """Inputs are noisy, targets clean."""
         pairs = [self.noisy(clip, generator) for clip in clips]
-        inputs, targets = (pad_waves(list(w), self.crop_samples) for w in zip(*pairs, strict=True))
+        inputs, targets = (self.stacked(list(waves)) for waves in zip(*pairs, strict=True))
         return TaskBatch(inputs, targets, valid_lengths(clips))
 
     def metrics(self, outputs: Tensor, batch: TaskBatch) -> dict[str, SumCount]:

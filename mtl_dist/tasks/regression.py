@@ -38,8 +38,9 @@ class RegressionTask(LocalTask):
     def __init__(self, config: RegressionConfig, context: TaskContext):
         super().__init__(config, context)
         if self.crop_samples <= abs(self.delay):
+            field = "longest_seconds" if self.whole else "crop_seconds"
             raise ValueError(
-                f"tasks.{self.name}.crop_seconds: {self.crop_samples} samples are no more than the task's delay of "
+                f"tasks.{self.name}.{field}: {self.crop_samples} samples are no more than the task's delay of "
                 f"{self.delay}, so that no sample would be compared; use longer crops or a smaller trunk"
             )
 
@@ -47,6 +48,11 @@ class RegressionTask(LocalTask):
     def delay(self) -> int:
         """How many samples later than the target the output stands: the middle of the trunk's window."""
         return (self.context.receptive_field - 1) // 2
+
+    @property
+    def tail_samples(self) -> int:
+        """The delay, and what the head's two convolutions look ahead of it."""
+        return max(0, self.delay + self.config.filter_width - 1)
 
     def build_head(self, channels: int) -> nn.Module:
         """Return the two-layer convolutional head."""

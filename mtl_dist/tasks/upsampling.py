@@ -11,7 +11,6 @@ from mtl_dist.tasks.base import (
     SumCount,
     TaskBatch,
     TaskContext,
-    pad_waves,
     register_task,
     valid_lengths,
 )
@@ -43,8 +42,8 @@ class Upsampling(RegressionTask):
             hold_samples(c.wave, self.context.rate, self.config.low_rate) if len(c.wave) else c.wave
             for c in clips
         ]
-        targets = pad_waves([clip.wave for clip in clips], self.crop_samples)
-        return TaskBatch(pad_waves(held, self.crop_samples), targets, valid_lengths(clips))
+        targets = self.stacked([clip.wave for clip in clips])
+        return TaskBatch(self.stacked(held), targets, valid_lengths(clips))
 
     def metrics(self, outputs: Tensor, batch: TaskBatch) -> dict[str, SumCount]:
         """Add the log-spectral distance in dB to the original, of the input and of the output, per clip."""
