@@ -213,10 +213,13 @@ class Plan:
     rounds: int
 
 
-def plan_rounds(config: Config, main_clips: int, ranks: int) -> Plan:
-    """Work out the rounds. Raises ConfigError where ranks x micro_batch x accumulation cannot give global_batch."""
-    batch = config.train.global_batch
-    micro = config.train.micro_batch or batch // ranks
+def plan_rounds(config: Config, main_clips: int, ranks: int, auto: int | None = None) -> Plan:
+    """Work out the rounds. `auto` is what a micro_batch of auto was found to be; until then it is the most there can be.
+
+    Raises ConfigError where ranks x micro_batch x accumulation cannot give global_batch.
+    """
+    batch, asked = config.train.global_batch, config.train.micro_batch
+    micro = asked if isinstance(asked, int) else auto or batch // ranks
     if micro == 0 or batch % (ranks * micro):
         accumulation = batch / (ranks * micro) if micro else 0
         fits = [m for m in range(1, batch + 1) if batch % (ranks * m) == 0]
