@@ -126,10 +126,6 @@ class Meter:
             self.known[names, clips] = self._measure(names, clips)
         return self.known[names, clips]
 
-    def per_clip(self, name: str) -> int:
-        """Return by how many bytes a second clip of a task adds to the first."""
-        return int(self.of((name,), 2) - self.of((name,), 1))
-
     def _measure(self, names: tuple[str, ...], clips: int) -> float:
         try:
             with self.context:

@@ -141,7 +141,10 @@ def memory_problem(case: Case) -> str | None:
     )
     better = next((other for other in tried if other is not None), None)
     need, have = case.memory_total(), case.memory
-    problem = f"memory: a rank needs {size_text(need)}, and its device has {size_text(have)}, {USABLE:.0%} of which may be used"
+    usable = f"{USABLE:.0%} of which may be used"
+    problem = (
+        f"memory: a rank needs {size_text(need)}, and its device has {size_text(have)}, {usable}"
+    )
     held, budget = case.activations_needed(), case.budget()
     if held > budget:
         problem = (

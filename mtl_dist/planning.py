@@ -59,7 +59,7 @@ def figures(case: Case, experiment: Experiment, rows: dict[str, int]) -> dict[st
         "parameters": case.size.elements,
         "global_batch": train.global_batch,
         "clips": rows,
-        "activation_bytes_per_clip": {n: case.activations.per_clip(n) for n in experiment.tasks},
+        "activation_bytes_per_clip": {n: case.activations.of((n,), 1) for n in experiment.tasks},
         "checkpoint_bytes": checkpoint,
         "checkpoints_disk_bytes": (train.keep_checkpoints + 1) * checkpoint,
         "cores_per_node": case.per_node * (1 + workers),
