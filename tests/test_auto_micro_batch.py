@@ -127,9 +127,9 @@ def test_not_even_one_clip_is_an_error_with_the_arithmetic_and_no_run_folder(
 def test_a_process_with_a_real_limit_trains_where_one_big_micro_batch_ends_it(
     corpora_root, tmp_path
 ):
-    wide = ["--model.channels", "32", "--data.crop_seconds", "2.5", "--train.global_batch", "8"]
+    wide = ["--model.channels", "32", "--data.crop_seconds", "2.5", "--train.global_batch", "16"]
     wide += ["--train.rounds", "1", "--evaluation.max_clips", "1"]
-    little = ["tests/workers/little_memory.py", str(800 * 2**20)]
+    little = ["tests/workers/little_memory.py", str(1000 * 2**20)]
     words = tagging_words(corpora_root, tmp_path / "null", *wide)
     ended = worlds.run(*little, *words)
     assert ended.returncode != 0
