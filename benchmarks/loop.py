@@ -16,7 +16,9 @@ from pathlib import Path
 
 from mtl_dist.config import load_config
 from mtl_dist.experiment import build_experiment
+from mtl_dist.micro_batch import plan_together
 from mtl_dist.optim import make_optimizer
+from mtl_dist.phases import Phases
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.runtime import StopRequest, start, world_of
 from mtl_dist.trainer import Trainer
@@ -52,7 +54,9 @@ def main() -> None:
     config = load_config(["--config", options.recipe, "--run.dir", tempfile.mkdtemp(), *more])
     accelerator, folder = start("no"), RunFolder(Path(config.run.dir))
     folder.open(config, world_of(accelerator), accelerator.device)
-    trainer = Trainer(build_experiment(config), accelerator, folder, StopRequest())
+    experiment = build_experiment(config)
+    plan = plan_together(accelerator, experiment, Phases())
+    trainer = Trainer(experiment, plan, accelerator, folder, StopRequest())
     rounds = itertools.cycle(list(itertools.islice(iter(trainer._loader()), 4)))
     model = trainer.experiment.build_model()
     optimizer = make_optimizer(model, config.optim, trainer.rates)

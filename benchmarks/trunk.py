@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional
 
 from mtl_dist.activations import LiveBytes
-from mtl_dist.models.kernels import choose_kernel
+from mtl_dist.models.kernels import Where, choose_kernel
 from mtl_dist.models.layer import eager
 from mtl_dist.models.storage import recomputed
 from mtl_dist.models.wavenet import WaveNetTrunk
@@ -67,7 +67,7 @@ def contenders(device: torch.device, names: list[str]) -> dict[str, nn.Module]:
     """Return the models that can run here; the first is what the others are held against."""
     kernels = {}
     for name in ("eager", "compile", "cpu", "triton"):
-        if name == (chosen := choose_kernel(name, device, True)).name:
+        if name == (chosen := choose_kernel(name, Where(device, CHANNELS), True)).name:
             kernels[f"ours {name}"] = chosen.kernel
     kernels["ours eager, layer recomputed"] = functools.partial(recomputed, eager)
     plain = PlainWaveNet()

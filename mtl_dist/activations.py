@@ -1,30 +1,23 @@
-"""What forward and backward of a model hold, followed operation by operation on tensors without numbers.
+"""What forward and backward of a model hold at their fullest: followed operation by operation on tensors without numbers,
+or, on a GPU, tried.
 
-Tested by tests/test_planning.py.
+Tested by tests/test_planning.py and tests/test_auto_micro_batch.py.
 """
 
 import contextlib
 import copy
-import dataclasses
+import math
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mtl_dist.footprint import batch_of
+from mtl_dist.footprint import batch_of, slices_bytes
 from mtl_dist.models.multitask import MultitaskModel
 from mtl_dist.tasks.base import Task, TaskBatch
-
-
-@dataclasses.dataclass(frozen=True)
-class Activations:
-    """What forward and backward of a task hold at their fullest: `constant` bytes, and `per_clip` for every clip."""
-
-    constant: int
-    per_clip: int
 
 
 def pretended() -> FakeTensorMode:
@@ -64,21 +57,38 @@ class LiveBytes(TorchDispatchMode):
         self.now -= count
 
 
+class ReservedBytes:
+    """What the allocator of a GPU takes for tensors while it is in force, at the most: with what it loses between them."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.peak = device, 0
+
+    def __enter__(self) -> "ReservedBytes":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self.before = torch.cuda.memory_reserved(self.device)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.peak = torch.cuda.max_memory_reserved(self.device) - self.before
+
+
 def peak_bytes(model: MultitaskModel, batches: Mapping[str, TaskBatch], precision: str) -> int:
     """Return the most bytes that one forward and backward hold at once beside parameters and gradients.
 
-    In half precision under autocast to bf16, whose copies of the weights count too; fp16 takes as many bytes.
+    In half precision under autocast to bf16, whose copies of the weights count too; fp16 takes as many bytes. Gradients
+    of the model are gone afterwards.
     """
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     known = [*model.parameters(), *(p.grad for p in model.parameters())]
-    half = precision != "no"
-    with LiveBytes(known) as live:
-        with torch.autocast("cpu", torch.bfloat16) if half else contextlib.nullcontext():
-            losses = model(batches)
+    device, half = known[0].device, precision != "no"
+    with ReservedBytes(device) if device.type == "cuda" else LiveBytes(known) as held:
+        with torch.autocast(device.type, torch.bfloat16) if half else contextlib.nullcontext():
+            losses = model({name: batch.to(device) for name, batch in batches.items()})
         sum(total for total, _ in losses.values()).backward()
     model.zero_grad(set_to_none=True)
-    return live.peak
+    return held.peak
 
 
 def stretch_bytes(model: MultitaskModel, task: Task, samples: int, precision: str) -> int:
@@ -90,23 +100,57 @@ def stretch_bytes(model: MultitaskModel, task: Task, samples: int, precision: st
     return peak_bytes(whole, {task.name: stretch}, precision)
 
 
-def measure_activations(model: MultitaskModel, task: Task, precision: str) -> Activations:
-    """Follow a task's forward and backward of one clip and of two: the difference is a clip's, the rest is constant.
+class Meter:
+    """Says what a micro-step holds, by forwards and backwards of as many absent clips as it is asked about.
 
-    Called with a model built in `pretended()`, it takes seconds and no memory for a model of any size. In slices of time
-    it is one pass and its gradients, however many clips.
+    With a GPU they are real ones, on a model of their own. Without, tensors have no numbers: that takes about a second for a
+    model of any size, and no memory; `build` may then make an outline. Of tasks in slices of time, a pass is followed.
     """
-    if task.name in model.slicers:
-        slicer = model.slicers[task.name]
-        held = stretch_bytes(model, task, slicer.samples + slicer.halo, precision)
-        return Activations(constant=held + 8 * slicer.elements, per_clip=0)
-    one, two = (
-        peak_bytes(model, {task.name: batch_of(task, clips)}, precision) for clips in (1, 2)
-    )
-    return Activations(constant=one - (two - one), per_clip=two - one)
 
+    def __init__(
+        self,
+        build: Callable[[], MultitaskModel],
+        tasks: Mapping[str, Task],
+        precision: str,
+        device: torch.device | str = "cpu",
+    ):
+        self.tasks, self.precision = tasks, precision
+        real = torch.device(device).type == "cuda"
+        self.context = contextlib.nullcontext() if real else pretended()
+        with self.context:
+            self.model = build()
+        self.known: dict[tuple[tuple[str, ...], int], float] = {}
+        if real:
+            self.model.to(device)
+            for name in tasks:  # what is compiled, tuned or loaded once is not a clip's
+                self._measure((name,), 1)
 
-def activation_bytes(measured: Mapping[str, Activations], schedule: str, micro_batch: int) -> int:
-    """Return what the fullest micro-step holds: the largest task's for round_robin, all tasks' for joint."""
-    each = [task.constant + micro_batch * task.per_clip for task in measured.values()]
-    return sum(each) if schedule == "joint" else max(each)
+    def micro_step(self, schedule: str, clips: int) -> float:
+        """Return the bytes of the fullest micro-step of so many clips of a task: of one task, or of all for joint."""
+        steps = [tuple(self.tasks)] if schedule == "joint" else [(name,) for name in self.tasks]
+        return max(self.of(names, clips) for names in steps)
+
+    def of(self, names: tuple[str, ...], clips: int) -> float:
+        """Return the bytes of a forward and backward of so many clips of each of these tasks; inf: more than there are."""
+        if (names, clips) not in self.known:
+            self.known[names, clips] = self._measure(names, clips)
+        return self.known[names, clips]
+
+    def _measure(self, names: tuple[str, ...], clips: int) -> float:
+        try:
+            with self.context:
+                return self._fullest(names, clips)
+        except torch.cuda.OutOfMemoryError:
+            self.model.zero_grad(set_to_none=True)
+            return math.inf
+
+    def _fullest(self, names: tuple[str, ...], clips: int) -> int:
+        """Return the bytes of tasks in slices, one after another, or of the others, at once; the slices' gradients stay."""
+        slicers = {n: self.model.slicers[n] for n in names if n in self.model.slicers}
+        rest = {n: batch_of(self.tasks[n], clips) for n in names if n not in slicers}
+        held = [peak_bytes(self.model, rest, self.precision)] if rest else []
+        held += [
+            stretch_bytes(self.model, self.tasks[n], s.samples + s.halo, self.precision)
+            for n, s in slicers.items()
+        ]
+        return max(held) + slices_bytes([s.elements for s in slicers.values()])

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import logging
 import math
 import sys
 from collections.abc import Mapping
@@ -17,18 +18,20 @@ from mtl_dist.audio.clips import ClipReader
 from mtl_dist.config import Config, ConfigError
 from mtl_dist.corpora import Corpus
 from mtl_dist.corpora.base import SPLITS
-from mtl_dist.models.kernels import REFERENCE, Choice, choose_kernel
-from mtl_dist.models.layer import LayerKernel, eager, outline
+from mtl_dist.models.kernels import REFERENCE, Choice, Where, choose_kernel
+from mtl_dist.models.layer import LayerKernel, eager
 from mtl_dist.models.multitask import MultitaskModel
 from mtl_dist.models.storage import recomputed
 from mtl_dist.models.wavenet import WaveNetTrunk, receptive_field
 from mtl_dist.phases import Phases
-from mtl_dist.runtime import World, collect, precision_asked_for
+from mtl_dist.runtime import DTYPES, World, collect, precision_asked_for
 from mtl_dist.slice_length import slice_samples
 from mtl_dist.streams.rounds import RoundStream
 from mtl_dist.streams.shards import Shards
 from mtl_dist.streams.table import Table
 from mtl_dist.tasks import TASKS, Task, TaskContext
+
+log = logging.getLogger("mtl_dist")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -81,7 +84,9 @@ class Experiment:
             return REFERENCE
         model = self.config.model
         alone = not (model.skip_outputs or model.residual_projection)
-        return choose_kernel(model.kernel, self.device, alone, model.channels)
+        precision = precision_asked_for(self.config.train.mixed_precision)
+        where = Where(self.device, model.channels, DTYPES.get(precision, torch.float32))
+        return choose_kernel(model.kernel, where, alone)
 
     @property
     def recompute(self) -> str:
@@ -96,8 +101,7 @@ class Experiment:
         """Length of a slice of time, or None: the same on every rank. Raises ConfigError where there can be none."""
         try:
             precision = precision_asked_for(self.config.train.mixed_precision)
-            build = functools.partial(self._model, self._outline_of_kernel())
-            return slice_samples(self.config, build, self.tasks, precision)
+            return slice_samples(self.config, self._without_numbers, self.tasks, precision)
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
@@ -106,11 +110,11 @@ class Experiment:
         return self._model(self.kernel.kernel, self.slice_samples)
 
     def build_outline(self) -> MultitaskModel:
-        """Return a model that holds in memory what that of `build_model` does: for tensors without numbers."""
-        return self._model(self._outline_of_kernel(), self.slice_samples)
+        """Return a new model for tensors without numbers (activations.pretended), which cannot be compiled for."""
+        return self._without_numbers(self.slice_samples)
 
-    def _outline_of_kernel(self) -> LayerKernel:
-        return outline if self.kernel.recomputes else eager
+    def _without_numbers(self, slices: int | None = None) -> MultitaskModel:
+        return self._model(eager if self.kernel.name == "compile" else self.kernel.kernel, slices)
 
     def _model(self, kernel: LayerKernel, slices: int | None = None) -> MultitaskModel:
         torch.manual_seed(self.config.run.seed)
@@ -136,7 +140,7 @@ def build_experiment(
     known: Mapping[str, Corpus] | None = None,
     device: torch.device | None = None,
 ) -> Experiment:
-    """List the corpora that the trained tasks hear, but for those that are `known`, and build the tasks; for Experiment.device.
+    """List the corpora that the trained tasks hear, but for those that are `known`, and build the tasks for a device.
 
     Raises:
         ConfigError: a corpus or task cannot be built as configured; the message names the field, file or row.
@@ -204,6 +208,8 @@ def build_together(accelerator: Accelerator, config: Config, phases: Phases) -> 
             phases.enter("collective")
             broadcast_object_list(known)
             phases.enter("start")
+    if experiment.kernel.warning and accelerator.is_main_process:
+        log.warning(experiment.kernel.warning)
     for corpus in experiment.shards().values():
         corpus.rank = accelerator.process_index
     return experiment
@@ -266,10 +272,13 @@ class Plan:
     rounds: int
 
 
-def plan_rounds(config: Config, main_clips: int, ranks: int) -> Plan:
-    """Work out the rounds. Raises ConfigError where ranks x micro_batch x accumulation cannot give global_batch."""
-    batch = config.train.global_batch
-    micro = config.train.micro_batch or batch // ranks
+def plan_rounds(config: Config, main_clips: int, ranks: int, auto: int | None = None) -> Plan:
+    """Work out the rounds. `auto` is what a micro_batch of auto was found to be; until then it is the most there can be.
+
+    Raises ConfigError where ranks x micro_batch x accumulation cannot give global_batch.
+    """
+    batch, asked = config.train.global_batch, config.train.micro_batch
+    micro = asked if isinstance(asked, int) else auto or batch // ranks
     if micro == 0 or batch % (ranks * micro):
         accumulation = batch / (ranks * micro) if micro else 0
         fits = [m for m in range(1, batch + 1) if batch % (ranks * m) == 0]

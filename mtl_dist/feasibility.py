@@ -1,12 +1,14 @@
 """Whether a run fits a machine: does the batch divide over the ranks, does a rank's memory do, and if not, what would.
 
-Tested by tests/test_planning.py.
+Tested by tests/test_planning.py and tests/test_auto_micro_batch.py.
 """
 
+import bisect
 import dataclasses
+import math
 
 from mtl_dist import footprint
-from mtl_dist.activations import Activations, activation_bytes
+from mtl_dist.activations import Meter
 from mtl_dist.config import Config, ConfigError
 from mtl_dist.experiment import Plan, plan_rounds
 from mtl_dist.footprint import ENGINES, ModelSize
@@ -28,7 +30,7 @@ class Case:
     """Bytes of one device."""
     main_clips: int
     size: ModelSize
-    activations: dict[str, Activations]
+    activations: Meter
 
     @property
     def ranks(self) -> int:
@@ -51,30 +53,56 @@ class Case:
         each = 1 if self.config.train.schedule == "joint" else len(self.config.train.tasks)
         return each * self.rounds().accumulation
 
-    def memory_needed(self) -> dict[str, int]:
-        """Return {what: bytes} of a rank's device."""
-        train, steps = self.config.train, self.micro_steps()
-        state = footprint.state_bytes(self.size, self.engine, self.precision, self.ranks, steps)
-        micro = self.rounds().micro_batch
-        held = activation_bytes(self.activations, train.schedule, micro)
-        return state | {"activations": held}
+    def state_needed(self) -> dict[str, int]:
+        """Return {what: bytes} of a rank's device beside activations."""
+        steps = self.micro_steps()
+        return footprint.state_bytes(self.size, self.engine, self.precision, self.ranks, steps)
 
-    def memory_total(self) -> int:
+    def activations_needed(self) -> float:
+        """Return the bytes that a micro-step's forward and backward hold."""
+        return self.activations.micro_step(self.config.train.schedule, self.rounds().micro_batch)
+
+    def memory_needed(self) -> dict[str, float]:
+        """Return {what: bytes} of a rank's device."""
+        return self.state_needed() | {"activations": self.activations_needed()}
+
+    def memory_total(self) -> float:
         """Return the most bytes of a rank's device: in training, or in evaluation, with a copy instead of gradients."""
-        needed = self.memory_needed()
-        kept = needed["parameters"] + needed["optimizer"]
-        return max(sum(needed.values()), kept + footprint.evaluation_bytes(self.size, self.engine))
+        return max(self.evaluation_total(), sum(self.memory_needed().values()))
+
+    def evaluation_total(self) -> int:
+        """Return the bytes that parameters, optimizer and, where an engine needs one, a copy of the model take."""
+        state, copy = self.state_needed(), footprint.evaluation_bytes(self.size, self.engine)
+        return state["parameters"] + state["optimizer"] + copy
+
+    def budget(self) -> float:
+        """Return memory.budget_gb in bytes; inf where it is not set."""
+        limit = self.config.memory.budget_gb
+        return math.inf if limit is None else 1e9 * limit
+
+    def room(self) -> float:
+        """Return the bytes that activations may take: what the state leaves of the device, or less by memory.budget_gb."""
+        return min(USABLE * self.memory - sum(self.state_needed().values()), self.budget())
 
     def fits(self) -> bool:
-        """Whether a rank's device can hold it."""
-        return self.memory_total() <= USABLE * self.memory
+        """Whether a rank's device can hold it, and memory.budget_gb allows it."""
+        evaluates = self.evaluation_total() <= USABLE * self.memory
+        return evaluates and self.room() > 0 and self.activations_needed() <= self.room()
 
     def with_smaller_batches(self) -> "Case | None":
-        """Return the case with the largest micro-batch that divides and fits, if there is one."""
-        share = self.config.train.global_batch // self.ranks
-        sizes = [m for m in range(self.rounds().micro_batch, 0, -1) if share % m == 0]
-        cases = (self.changed(micro_batch=m) for m in sizes)
-        return next((case for case in cases if case.fits()), None)
+        """Return the case with the largest micro-batch that divides and fits, up to its own, if there is one."""
+        share, most = self.config.train.global_batch // self.ranks, self.rounds().micro_batch
+        cases = [self.changed(micro_batch=m) for m in range(1, most + 1) if share % m == 0]
+        if cases[-1].fits():  # as a rule, and then nothing else is measured
+            return cases[-1]
+        fitting = bisect.bisect_left(cases, True, key=lambda case: not case.fits())
+        return cases[fitting - 1] if fitting else None
+
+    def resolved(self) -> "Case":
+        """Return the case with the micro-batch that auto would find, 1 where none fits; all others as they are."""
+        if self.config.train.micro_batch != "auto" or not divides(self):
+            return self
+        return self.with_smaller_batches() or self.changed(micro_batch=1)
 
 
 def division_problem(case: Case) -> str | None:
@@ -117,10 +145,16 @@ def memory_problem(case: Case) -> str | None:
     problem = (
         f"memory: a rank needs {size_text(need)}, and its device has {size_text(have)}, {usable}"
     )
+    held, budget = case.activations_needed(), case.budget()
+    if held > budget:
+        problem = (
+            f"memory: forward and backward of a rank need {size_text(held)}, and memory.budget_gb allows "
+            f"{size_text(budget)}"
+        )
     if better is None:
         return (
             f"{problem}; no engine with a train.micro_batch of 1 fits either: use devices with more memory, more ranks for "
-            "fsdp2 or zero3, shorter data.crop_seconds or a smaller model"
+            "fsdp2 or zero3, shorter data.crop_seconds, memory.slice_seconds or a smaller model"
         )
     return f"{problem}; use {_how(case, better)} ({size_text(better.memory_total())})"
 

@@ -7,7 +7,7 @@ tests/test_held_memory.py.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import torch
@@ -46,14 +46,10 @@ ENGINES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """Shapes of the parameters, and the number of elements of the largest module that FSDP2 gathers at a time.
-
-    `sliced`: those that a task computed in slices of time hangs on, of each such task; their gradients are held twice.
-    """
+    """Shapes of the parameters, and the number of elements of the largest module that FSDP2 gathers at a time."""
 
     shapes: list[torch.Size]
     largest_unit: int
-    sliced: list[int] = dataclasses.field(default_factory=list)
 
     @property
     def elements(self) -> int:
@@ -72,14 +68,15 @@ def size_of(model: MultitaskModel) -> ModelSize:
     return ModelSize(
         shapes=[p.shape for p in model.parameters()],
         largest_unit=max(sum(p.numel() for p in unit.parameters()) for unit in units),
-        sliced=[slicer.elements for slicer in model.slicers.values()],
     )
 
 
-def slices_bytes(size: ModelSize, schedule: str) -> int:
-    """Return what slices of time hold beside a pass: its own gradients, and their sum in fp32, with joint of all tasks."""
-    largest = max(size.sliced, default=0)
-    return 4 * (largest + (sum(size.sliced) if schedule == "joint" else largest))
+def slices_bytes(elements: Collection[int]) -> int:
+    """Return what slices of time hold beside a pass: its own gradients, and of each task of a micro-step their sum in fp32.
+
+    `elements`: for each of these tasks, those of the parameters that it hangs on.
+    """
+    return 4 * (max(elements, default=0) + sum(elements))
 
 
 def shard_elements(size: ModelSize, engine: str, ranks: int) -> int:

@@ -21,7 +21,8 @@ def table(facts: dict, case: Case) -> str:
             (
                 "micro-batch",
                 str(facts["micro_batch"]),
-                "clips of a task in one forward on one rank",
+                "clips of a task in one forward on one rank"
+                + "; auto: the most that fit" * (facts["micro_batch_asked"] == "auto"),
             ),
             (
                 "accumulation",
@@ -106,7 +107,7 @@ def _memory_rows(facts: dict, case: Case) -> list[tuple[str, str, str]]:
     } | {
         "gradients": "buckets included; whole until they are reduced, once a round",
         "gathered": "parameters that are whole for the moment",
-        "activations": f"forward and backward of {facts['micro_batch']} clips, followed on one",
+        "activations": f"forward and backward of {facts['micro_batch']} clips, followed here",
     }
     if case.engine == "fsdp2" and facts["micro_steps"] == 1:
         how["gradients"] = f"1/{case.ranks} of them"

@@ -12,7 +12,7 @@ import json
 import sys
 
 from mtl_dist import footprint
-from mtl_dist.activations import measure_activations, pretended
+from mtl_dist.activations import Meter
 from mtl_dist.config import Config, ConfigError, load_config
 from mtl_dist.corpora import Corpus
 from mtl_dist.corpora.base import make_corpus
@@ -62,7 +62,7 @@ def figures(case: Case, experiment: Experiment, rows: dict[str, int]) -> dict[st
         "longest_seconds": {
             n: t.config.longest_seconds for n, t in experiment.tasks.items() if t.whole
         },
-        "activation_bytes_per_clip": {n: a.per_clip for n, a in case.activations.items()},
+        "activation_bytes_per_clip": {n: case.activations.of((n,), 1) for n in experiment.tasks},
         "checkpoint_bytes": checkpoint,
         "checkpoints_disk_bytes": (train.keep_checkpoints + 1) * checkpoint,
         "cores_per_node": case.per_node * (1 + workers),
@@ -77,6 +77,7 @@ def figures(case: Case, experiment: Experiment, rows: dict[str, int]) -> dict[st
     )
     return facts | {
         "micro_batch": plan.micro_batch,
+        "micro_batch_asked": experiment.config.train.micro_batch,
         "accumulation": plan.accumulation,
         "micro_steps": case.micro_steps(),
         "rounds_per_epoch": plan.rounds_per_epoch,
@@ -183,13 +184,7 @@ def _experiment(config: Config, options) -> tuple[Experiment, dict[str, int]]:
 def _measured(config: Config, options, experiment: Experiment, main_clips: int) -> Case:
     told = config.train.mixed_precision
     precision = options.precision or ("bf16" if told == "launcher" else told)
-    with pretended():
-        model = experiment.build_model()
-        size = footprint.size_of(model)
-        activations = {
-            name: measure_activations(model, task, precision)
-            for name, task in experiment.tasks.items()
-        }
+    meter = Meter(experiment.build_outline, experiment.tasks, precision)
     return Case(
         config=config,
         nodes=options.nodes,
@@ -198,6 +193,6 @@ def _measured(config: Config, options, experiment: Experiment, main_clips: int) 
         precision=precision,
         memory=round(options.memory_gib * 2**30),
         main_clips=main_clips,
-        size=size,
-        activations=activations,
-    )
+        size=footprint.size_of(meter.model),
+        activations=meter,
+    ).resolved()

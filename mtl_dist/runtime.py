@@ -91,6 +91,10 @@ def engine_asked_for() -> str:
     return "FSDP2" if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" else "DDP"
 
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""What products are computed in under a mixed precision."""
+
+
 def precision_asked_for(mixed_precision: str) -> str:
     """Return no, bf16 or fp16; `launcher` is what the launcher says. Raises LaunchError where it cannot be had."""
     if mixed_precision == "launcher":

@@ -65,7 +65,7 @@ class MemoryConfig:
     """What forward and backward may hold in memory. The gradient is the same for all values, but for storage: bf16."""
 
     budget_gb: float | None = None
-    """GB (10^9 bytes) that a rank's forward and backward may take beside the model; null for no limit."""
+    """GB (10^9 bytes) that a rank's forward and backward may take beside model and audio; null for no limit."""
     slice_seconds: float | Literal["auto"] | None = None
     """Train in slices of time that hold so much audio at once; null: all of a micro-batch. auto: what fits budget_gb. Not
     with fp16, whose loss scale comes after a slice's gradient."""
@@ -124,8 +124,9 @@ class TrainConfig:
     """Length of the run in rounds (optimizer steps), instead of epochs."""
     global_batch: int = 48
     """Clips of every task in a round, over all ranks (paper section 4.2)."""
-    micro_batch: int | None = None
-    """Clips of a task in one forward on one rank; null for global_batch / ranks. The rest is accumulated."""
+    micro_batch: int | Literal["auto"] | None = None
+    """Clips of a task in one forward on one rank; null for global_batch / ranks. auto: the most that fit, found by measuring
+    at the start, within memory.budget_gb if that is set. The rest is accumulated; the gradient is the same."""
     schedule: Literal["round_robin", "joint"] = "round_robin"
     """round_robin: a forward and backward per task, memory of one. joint: all tasks in one. The gradient is equal."""
     mixed_precision: Literal["launcher", "no", "bf16", "fp16"] = "launcher"
@@ -150,7 +151,6 @@ class TrainConfig:
             check(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
         for name in (
             "rounds",
-            "micro_batch",
             "validate_every",
             "checkpoint_every",
             "patience",
@@ -158,6 +158,9 @@ class TrainConfig:
         ):
             value = getattr(self, name)
             check(name, value, value is None or value >= 1, "1 or more, or null")
+        micro = self.micro_batch
+        allowed = micro in (None, "auto") or micro >= 1
+        check("micro_batch", micro, allowed, "1 or more, auto, or null")
         check("epochs", self.epochs, 0 < self.epochs < math.inf, "more than 0")
         check("tasks", self.tasks, bool(self.tasks), "at least one task")
         check("tasks", self.tasks, len(set(self.tasks)) == len(self.tasks), "each task once")

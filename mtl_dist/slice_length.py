@@ -3,11 +3,10 @@
 Tested by tests/test_slice_length.py.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 
 from mtl_dist.activations import pretended, stretch_bytes
-from mtl_dist.footprint import size_of, slices_bytes
+from mtl_dist.footprint import slices_bytes
 from mtl_dist.models.multitask import MultitaskModel
 from mtl_dist.models.slices import Slicer, can_be_sliced
 from mtl_dist.tasks.base import Task
@@ -53,8 +52,9 @@ class Passes:
         self.tasks = {n: task for n, task in tasks.items() if can_be_sliced(task, heads[n])}
         slicers = {n: Slicer(model.trunk, heads[n], task, 1) for n, task in self.tasks.items()}
         self.halos = {name: slicer.halo for name, slicer in slicers.items()}
-        size = dataclasses.replace(size_of(model), sliced=[s.elements for s in slicers.values()])
-        self.gradients = slices_bytes(size, schedule)
+        elements = [slicer.elements for slicer in slicers.values()]
+        together = elements if schedule == "joint" else [max(elements, default=0)]
+        self.gradients = slices_bytes(together)
 
     def fullest(self, samples: int) -> str:
         """Return the task that takes most with slices of so many samples."""

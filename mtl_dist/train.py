@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 from mtl_dist.config import ConfigError, load_config
-from mtl_dist.experiment import build_together, plan_rounds, raise_together
+from mtl_dist.experiment import build_together, raise_together
 from mtl_dist.feasibility import size_text
+from mtl_dist.micro_batch import plan_together
 from mtl_dist.phases import Phases
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.runtime import (
@@ -46,8 +47,9 @@ def run(words: list[str]) -> int:
         name = config.run.dir or time.strftime("runs/%Y%m%d-%H%M%S")
         folder = RunFolder(Path(agree_on_folder(accelerator, name)))
         experiment = build_together(accelerator, config, phases)
+        plan = plan_together(accelerator, experiment, phases)
         open_together(accelerator, folder, experiment, phases)
-        trainer = Trainer(experiment, accelerator, folder, stop, phases)
+        trainer = Trainer(experiment, plan, accelerator, folder, stop, phases)
         if accelerator.is_main_process:
             describe(accelerator, experiment, trainer)
         try:
@@ -75,16 +77,13 @@ def run(words: list[str]) -> int:
 
 
 def open_together(accelerator, folder: RunFolder, experiment, phases: Phases) -> None:
-    """Let rank 0 check the arithmetic of the rounds and claim the run folder."""
+    """Let rank 0 claim the run folder."""
     problem: list[str] = []
     if accelerator.is_main_process:
-        config = experiment.config
         try:
-            main_clips = len(experiment.table(config.train.main_task))
-            plan_rounds(config, main_clips, accelerator.num_processes)
             _ = experiment.slice_samples  # that there can be one
-            kernel = experiment.kernel.name
-            folder.open(config, world_of(accelerator), accelerator.device, kernel)
+            device, kernel = accelerator.device, experiment.kernel.name
+            folder.open(experiment.config, world_of(accelerator), device, kernel)
         except ConfigError as error:
             problem = [str(error)]
     raise_together(accelerator, problem, phases)

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from mtl_dist.engines import make_engine
 from mtl_dist.evaluation import Evaluation, evaluate, examples, too_many_bad
-from mtl_dist.experiment import Experiment, Plan, plan_rounds
+from mtl_dist.experiment import Experiment, Plan
 from mtl_dist.keeper import Keeper
 from mtl_dist.monitor import Monitor
 from mtl_dist.optim import make_optimizer, schedules, set_learning_rates
@@ -34,16 +34,16 @@ class Trainer:
     def __init__(
         self,
         experiment: Experiment,
+        plan: Plan,
         accelerator: Accelerator,
         folder: RunFolder,
         stop: StopRequest,
         phases: Phases | None = None,
     ):
-        self.experiment, self.accelerator = experiment, accelerator
+        self.experiment, self.plan, self.accelerator = experiment, plan, accelerator
         self.phases = phases or Phases()
         self.config, self.folder, self.stop = experiment.config, folder, stop
         self.main_clips = len(experiment.table(self.config.train.main_task))
-        self.plan: Plan = plan_rounds(self.config, self.main_clips, accelerator.num_processes)
         self.rates = schedules(
             self.config.optim, {n: t.config for n, t in experiment.tasks.items()}
         )

@@ -13,6 +13,8 @@ from accelerate import Accelerator
 
 from mtl_dist.config import load_config
 from mtl_dist.experiment import build_experiment
+from mtl_dist.micro_batch import plan_together
+from mtl_dist.phases import Phases
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.runtime import StopRequest
 from mtl_dist.trainer import Trainer
@@ -26,7 +28,8 @@ def train(accelerator: Accelerator, corpora: Path, run: Path, *words: str) -> st
     words = tiny.tiny_words(corpora, *WORDS, "--run.dir", str(run), "--run.resume", "auto", *words)
     experiment, folder = build_experiment(load_config(words)), RunFolder(run)
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(experiment, accelerator, folder, StopRequest())
+    plan = plan_together(accelerator, experiment, Phases())
+    trainer = Trainer(experiment, plan, accelerator, folder, StopRequest())
     trainer.train()
     trainer.close()
     accelerator.wait_for_everyone()

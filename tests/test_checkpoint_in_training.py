@@ -10,6 +10,8 @@ from mtl_dist import checkpoint
 from mtl_dist.config import load_config
 from mtl_dist.evaluation import Evaluation
 from mtl_dist.experiment import build_experiment
+from mtl_dist.micro_batch import plan_together
+from mtl_dist.phases import Phases
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.runtime import StopRequest
 from mtl_dist.trainer import Trainer, TrainingError
@@ -20,7 +22,9 @@ def trainer_of(corpora_root, run, *words):
     experiment = build_experiment(load_config(tiny.tiny_words(corpora_root, *words)))
     folder = RunFolder(run)
     folder.checkpoints.mkdir(parents=True)
-    return Trainer(experiment, Accelerator(cpu=True), folder, StopRequest())
+    accelerator = Accelerator(cpu=True)
+    plan = plan_together(accelerator, experiment, Phases())
+    return Trainer(experiment, plan, accelerator, folder, StopRequest())
 
 
 def test_training_goes_on_when_a_checkpoint_cannot_be_written(

@@ -1,8 +1,8 @@
 """Every kernel against the reference in float64: x + h, h and their gradients, in awkward shapes; and which is chosen."""
 
 import copy
-import logging
 import pickle
+import re
 
 import pytest
 import torch
@@ -14,7 +14,8 @@ from mtl_dist.models import kernels
 from mtl_dist.models.layer import LayerWeights, eager
 from mtl_dist.models.wavenet import WaveNetTrunk
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+HERE = kernels.Where(torch.device("cpu"), 4)
+CUDA = kernels.Where(torch.device("cuda"), 4)
 LAW = {torch.float64: 1e-12, torch.float32: 1e-5}
 AWKWARD = [(1, 4, 9, 4), (2, 3, 5, 8), (3, 5, 1, 1), (2, 1, 37, 5), (1, 4, 16, 16)]
 """Clips, channels, samples, dilation: shorter than the dilation, one sample, one channel, tiles that come out even."""
@@ -129,7 +130,7 @@ def test_under_autocast_the_cpu_kernel_computes_in_float32():
     ],
 )
 def test_a_trunk_has_the_references_gradients_under_every_kernel(name, variant):
-    chosen = kernels.choose_kernel(name, CPU, alone=not variant)
+    chosen = kernels.choose_kernel(name, HERE, alone=not variant)
     assert chosen.name == name
     gradients = {}
     for kernel in (eager, chosen.kernel):
@@ -149,29 +150,55 @@ def test_a_model_with_any_kernel_can_be_copied_and_pickled():
             assert twin.layers[0].kernel is kernel
 
 
-def test_auto_is_the_cpu_kernel_on_a_cpu_and_whatever_runs_on_a_gpu(monkeypatch, caplog):
+@pytest.fixture
+def chosen_afresh():
     kernels.choose_kernel.cache_clear()
-    assert kernels.choose_kernel("auto", CPU, True)[:2] == ("cpu", cpu.cpu_layer_alone)
-    assert kernels.choose_kernel("auto", CPU, False).kernel is cpu.cpu_layer
-    monkeypatch.setattr(kernels, "why_not", lambda name, device: "no Triton")
-    assert kernels.choose_kernel("auto", CUDA, True) == kernels.REFERENCE
+    yield
     kernels.choose_kernel.cache_clear()
-    assert not caplog.records
 
 
-@pytest.mark.parametrize(("name", "device"), [("cpu", CUDA), ("triton", CPU), ("compile", CPU)])
-def test_a_kernel_that_cannot_run_falls_back_with_one_line(name, device, monkeypatch, caplog):
+def test_auto_is_the_cpu_kernel_on_a_cpu_and_triton_on_a_gpu(monkeypatch, chosen_afresh):
+    assert kernels.choose_kernel("auto", HERE, True)[:2] == ("cpu", cpu.cpu_layer_alone)
+    assert kernels.choose_kernel("auto", HERE, False).kernel is cpu.cpu_layer
+    monkeypatch.setattr(kernels, "why_not", lambda name, where: None)
+    for alone in (True, False):
+        chosen = kernels.choose_kernel("auto", CUDA, alone)
+        assert chosen.name == "triton"
+        assert chosen.kernel.func is kernels.triton_layer
+        assert chosen.kernel.keywords == {"with_hidden": not alone}
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "reason"),
+    [
+        ("cpu", CUDA, "the device is cuda"),
+        ("triton", HERE, "(the device is cpu|triton is not installed)"),
+        ("triton", HERE._replace(channels=65), "65 channels are more than 64"),
+        ("compile", HERE, "no working C\\+\\+ compiler"),
+    ],
+)
+def test_a_kernel_that_cannot_run_falls_back_and_says_why(
+    name, where, reason, monkeypatch, chosen_afresh
+):
     def no_compiler(*_, **__):
         raise RuntimeError("no working C++ compiler\nand much more")
 
-    kernels.choose_kernel.cache_clear()
     monkeypatch.setattr(torch, "compile", no_compiler)
+    kernels._compiled_gated.cache_clear()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with caplog.at_level(logging.WARNING):
-        for _ in range(2):
-            assert kernels.choose_kernel(name, device, True) == kernels.REFERENCE
-    kernels.choose_kernel.cache_clear()
-    assert len(caplog.records) == 1
-    (line,) = caplog.text.splitlines()
-    assert f"model.kernel: {name} cannot run here" in line
-    assert "eager is used" in line
+    chosen = kernels.choose_kernel(name, where, True)
+    assert chosen[:3] == kernels.REFERENCE[:3]
+    assert re.fullmatch(
+        f"model.kernel: {name} cannot run here \\(.*{reason}.*\\); eager is used", chosen.warning
+    )
+    kernels._compiled_gated.cache_clear()
+
+
+def test_a_trial_finds_a_kernel_that_computes_something_else():
+    def wrong(x, weights):
+        total, hidden = eager(x, weights)
+        return total + 0.05 * x, hidden
+
+    assert kernels.trial(eager, HERE) is None
+    assert kernels.trial(eager, HERE._replace(dtype=torch.bfloat16)) is None
+    assert "off" in kernels.trial(wrong, HERE)

@@ -1,5 +1,6 @@
 """`mtl-dist plan` against independent truths: a real model and Adam, a written checkpoint, real activations, plan_rounds."""
 
+import contextlib
 import json
 
 import pytest
@@ -45,18 +46,15 @@ def test_a_checkpoint_takes_what_the_plan_says(tiny_experiment, tmp_path):
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_activations_followed_without_numbers_are_those_of_real_tensors(tiny_experiment, precision):
-    real = tiny_experiment.build_model()
-    with activations.pretended():
-        pretended = tiny_experiment.build_model()
-        measured = {
-            name: activations.measure_activations(pretended, task, precision)
-            for name, task in tiny_experiment.tasks.items()
-        }
-    for name, task in tiny_experiment.tasks.items():
-        batch = {name: footprint.batch_of(task, 5)}
-        truth = activations.peak_bytes(real, batch, precision)
-        found = activations.activation_bytes({name: measured[name]}, "joint", 5)
-        assert found == pytest.approx(truth, rel=0.02)
+    real, tasks = tiny_experiment.build_model(), tiny_experiment.tasks
+    meter = activations.Meter(tiny_experiment.build_model, tasks, precision)
+    batches = {name: footprint.batch_of(task, 5) for name, task in tasks.items()}
+    alone = [activations.peak_bytes(real, {n: b}, precision) for n, b in batches.items()]
+    assert [meter.of((name,), 5) for name in tasks] == pytest.approx(alone, rel=0.02)
+    assert meter.micro_step("round_robin", 5) == pytest.approx(max(alone), rel=0.02)
+    together = activations.peak_bytes(real, batches, precision)
+    assert meter.micro_step("joint", 5) == pytest.approx(together, rel=0.02)
+    assert max(alone) < 0.9 * together <= 0.9 * 1.1 * sum(alone)
 
 
 def test_the_peak_of_one_product_is_counted_by_hand():
@@ -75,10 +73,43 @@ def test_the_peak_of_one_product_is_counted_by_hand():
     assert activations.peak_bytes(Product(), {"x": torch.ones(7, 1000)}, "no") > 6 * peak
 
 
-def test_joint_holds_all_tasks_and_round_robin_the_largest():
-    measured = {"a": activations.Activations(1, 10), "b": activations.Activations(2, 30)}
-    assert activations.activation_bytes(measured, "joint", 4) == 3 + 160
-    assert activations.activation_bytes(measured, "round_robin", 4) == 2 + 120
+class Sliced(torch.autograd.Function):
+    """A sum of exp(x * w) whose forward makes the gradients itself, slice by slice."""
+
+    @staticmethod
+    def forward(ctx, x, weight, slices):
+        total, gradient = x.new_zeros(()), torch.zeros_like(weight)
+        for part in x.chunk(slices):
+            with torch.enable_grad():
+                leaf = weight.detach().requires_grad_()
+                value = (part * leaf).exp().sum()
+            total, gradient = total + value.detach(), gradient + torch.autograd.grad(value, leaf)[0]
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx, up):
+        return None, up * ctx.saved_tensors[0], None
+
+
+@pytest.mark.parametrize("follow", [contextlib.nullcontext, activations.pretended])
+def test_gradients_that_a_forward_makes_by_itself_are_followed(follow):
+    class Model(torch.nn.Module):
+        def __init__(self, slices):
+            super().__init__()
+            self.weight, self.slices = torch.nn.Parameter(torch.ones(1000)), slices
+
+        def forward(self, batches):
+            return {"x": (Sliced.apply(batches["x"], self.weight, self.slices), None)}
+
+    with follow():
+        peaks = [
+            activations.peak_bytes(Model(slices), {"x": torch.ones(64, 1000)}, "no")
+            for slices in (1, 2, 64)
+        ]
+    row = 4 * 1000  # x, of which the slices are views, and of a slice exp and its gradient
+    for slices, peak in zip((1, 2, 64), peaks, strict=True):
+        assert peak == pytest.approx((64 + 2 * 64 / slices) * row, abs=6 * row)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -12,7 +12,9 @@ from mtl_dist import checkpoint
 from mtl_dist.config import ConfigError, load_config
 from mtl_dist.evaluation import evaluate
 from mtl_dist.experiment import build_experiment, fingerprint
+from mtl_dist.micro_batch import plan_together
 from mtl_dist.models.wavenet import WaveNetTrunk
+from mtl_dist.phases import Phases
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.runtime import StopRequest, start, world_of
 from mtl_dist.trainer import Trainer
@@ -32,7 +34,9 @@ def make_trainer(tmp_path, corpora_root):
         accelerator = start("no")
         folder = RunFolder(config.run.dir)
         folder.open(config, world_of(accelerator), accelerator.device)
-        made.append(Trainer(build_experiment(config), accelerator, folder, StopRequest()))
+        experiment = build_experiment(config)
+        plan = plan_together(accelerator, experiment, Phases())
+        made.append(Trainer(experiment, plan, accelerator, folder, StopRequest()))
         return made[-1], folder
 
     yield make

@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from mtl_dist.runtime import DTYPES
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 

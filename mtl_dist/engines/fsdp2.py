@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mtl_dist.engines.data_parallel import DTYPES, Engine
-from mtl_dist.runtime import LaunchError
+from mtl_dist.engines.data_parallel import Engine
+from mtl_dist.runtime import DTYPES, LaunchError
 
 
 class FullyShardedDataParallel(Engine):

@@ -1,8 +1,6 @@
 """Which kernel computes the trunk's layers: chosen once, at the start. Tested by tests/test_kernels.py."""
 
 import functools
-import importlib
-import logging
 from typing import NamedTuple
 
 import torch
@@ -10,8 +8,7 @@ from torch import Tensor
 
 from mtl_dist.models.cpu_layer import cpu_layer, cpu_layer_alone
 from mtl_dist.models.layer import LayerKernel, LayerWeights, eager, gated, products
-
-log = logging.getLogger("mtl_dist")
+from mtl_dist.models.triton_layer import can_run, triton_layer
 
 
 class Choice(NamedTuple):
@@ -20,62 +17,83 @@ class Choice(NamedTuple):
     name: str
     kernel: LayerKernel
     recomputes: bool
+    warning: str = ""
+    """Why it is not the one that was asked for."""
+
+
+class Where(NamedTuple):
+    """What a kernel must be able to compute; `dtype` is autocast's, or else the parameters'."""
+
+    device: torch.device
+    channels: int
+    dtype: torch.dtype = torch.float32
 
 
 REFERENCE = Choice("eager", eager, False)
 
 
 @functools.cache
-def choose_kernel(asked: str, device: torch.device, alone: bool) -> Choice:
-    """Return the kernel that is in force, with one line of warning, once a process, where it is not the one `asked` for.
+def choose_kernel(asked: str, where: Where, alone: bool) -> Choice:
+    """Return the kernel that is in force, the reference with a warning where that which was `asked` for cannot run.
 
     Args:
         asked: a value of model.kernel.
-        device: where the layers will be computed.
+        where: what it is chosen for.
         alone: only x + h is needed, and there are no projections.
     """
     name = asked
     if asked == "auto":
-        name = "cpu" if device.type == "cpu" else "triton"
-        if name == "triton" and why_not(name, device):
-            name = "eager"
-    elif reason := why_not(asked, device):
-        log.warning("model.kernel: %s cannot run here (%s); eager is used", asked, reason)
-        name = "eager"
+        name = "cpu" if where.device.type == "cpu" else "triton"
+    if reason := why_not(name, where):
+        text = f"model.kernel: {name} cannot run here ({reason}); eager is used"
+        return REFERENCE._replace(warning=text)
     if name == "triton":
-        return Choice(
-            name, importlib.import_module("mtl_dist.models.triton_layer").triton_layer, True
-        )
+        return Choice(name, functools.partial(triton_layer, with_hidden=not alone), True)
     if name == "cpu":
         return Choice(name, cpu_layer_alone if alone else cpu_layer, True)
     return Choice(name, compiled, False) if name == "compile" else REFERENCE
 
 
-def why_not(name: str, device: torch.device) -> str | None:
-    """Return why a kernel cannot run on a device, or None if it can."""
-    if name == "cpu" and device.type != "cpu":
-        return f"the device is {device.type}"
+def why_not(name: str, where: Where) -> str | None:
+    """Return why a kernel cannot run, or None if it can."""
+    if name == "cpu" and where.device.type != "cpu":
+        return f"the device is {where.device.type}"
     if name == "compile":
-        return _why_not_compile(device)
+        return trial(compiled, where)
     if name == "triton":
-        try:  # a GPU's build of PyTorch brings the package triton, others need not
-            return importlib.import_module("mtl_dist.models.triton_layer").can_run(device)
-        except ImportError as error:
-            return str(error)
+        return can_run(*where) or trial(triton_layer, where)
     return None
 
 
-def _why_not_compile(device: torch.device) -> str | None:
-    """Compile something small: whether there is a compiler, and one that works, only a trial shows."""
+def trial(kernel: LayerKernel, where: Where) -> str | None:
+    """Compute something small with a kernel that has yet to be compiled, and return what is wrong with it, or None.
+
+    Whether there is a compiler, and one that works, only a trial shows; and it can fail in any way.
+    """
+    rng = torch.Generator().manual_seed(0)
+    shapes = (2, where.channels, 70), (2 * where.channels, where.channels, 2), (2 * where.channels,)
+    drawn = [torch.randn(shape, generator=rng) / 4 for shape in shapes]
+    truth = _with_gradients(eager, drawn)
+    half = where.dtype in (torch.bfloat16, torch.float16)
     try:
-        torch.compile(_trial)(torch.zeros(3, device=device))
-    except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
-        return f"torch.compile fails: {str(error).strip().splitlines()[0]}"
-    return None
+        with torch.autocast(where.device.type, where.dtype if half else None, enabled=half):
+            found = _with_gradients(kernel, [tensor.to(where.device) for tensor in drawn])
+    except Exception as error:
+        return f"a trial fails: {str(error).strip().splitlines()[0]}"
+    pairs = zip(found, truth, strict=True)
+    off = max(float((a.double().cpu() - b).norm() / b.norm()) for a, b in pairs)
+    return None if off < ROUNDING[where.dtype] else f"in a trial it is {off:.1e} off"
 
 
-def _trial(x: Tensor) -> Tensor:
-    return torch.tanh(x) + 1.0
+ROUNDING = {torch.float32: 5e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+"""How far a trial may be off, relative: the products' operands are rounded (fp32: to TF32)."""
+
+
+def _with_gradients(kernel: LayerKernel, drawn: list[Tensor]) -> list[Tensor]:
+    """Return x + h of a layer and the gradients of half its squares' sum."""
+    inputs = [tensor.clone().requires_grad_() for tensor in drawn]
+    total, _ = kernel(inputs[0], LayerWeights(*inputs[1:], None, None, 3))
+    return [total.detach(), *torch.autograd.grad(total.float().square().sum() / 2, inputs)]
 
 
 def compiled(x_BCT: Tensor, weights: LayerWeights) -> tuple[Tensor, Tensor]:

@@ -51,27 +51,3 @@ def gated(
     if projection is not None:
         hidden = functional.conv1d(hidden, projection, projection_bias)
     return x_BCT + hidden, hidden
-
-
-class _Outline(torch.autograd.Function):
-    """An h, and gradients, that nobody has computed; x and the weights are kept."""
-
-    @staticmethod
-    def forward(ctx, x_BCT, filter_gate, bias):
-        ctx.save_for_backward(x_BCT, filter_gate, bias)
-        return torch.empty_like(x_BCT)
-
-    @staticmethod
-    def backward(ctx, _):
-        return tuple(map(torch.empty_like, ctx.saved_tensors))
-
-
-def outline(x_BCT: Tensor, weights: LayerWeights) -> tuple[Tensor, Tensor]:
-    """Hold what kernels hold that compute the gates again in the backward, x alone, and compute nothing.
-
-    For tensors without numbers (activations.pretended), on which only shapes count.
-    """
-    hidden = _Outline.apply(x_BCT, *weights[:2])
-    if weights.projection is not None:
-        hidden = functional.conv1d(hidden, weights.projection, weights.projection_bias)
-    return x_BCT + hidden, hidden

@@ -1,0 +1,116 @@
+"""`train.micro_batch: auto`: the most clips that fit in one forward and backward of every rank; the rest is accumulated.
+
+Found by measuring, before there is an engine, on a model of the rank's own: nothing of the run is touched, and ranks need
+not try the same sizes. Tested by tests/test_auto_micro_batch.py.
+"""
+
+import os
+import sys
+from platform import node
+
+import torch
+from accelerate import Accelerator
+
+from mtl_dist import footprint
+from mtl_dist.activations import Meter
+from mtl_dist.config import ConfigError
+from mtl_dist.device_memory import bytes_for_tensors
+from mtl_dist.experiment import Experiment, Plan, plan_rounds, raise_together
+from mtl_dist.feasibility import USABLE, Case
+from mtl_dist.phases import Phases
+from mtl_dist.runtime import collect, engine_asked_for, precision_asked_for
+
+
+def plan_together(accelerator: Accelerator, experiment: Experiment, phases: Phases) -> Plan:
+    """Work out the rounds, on all ranks together and the same on all; where micro_batch is auto, find it first.
+
+    Raises:
+        ConfigError: the arithmetic does not come out whole, or not even one clip fits a rank; on rank 0, others exit.
+    """
+    config, ranks = experiment.config, accelerator.num_processes
+    clips = len(experiment.table(config.train.main_task))
+    found, problem = [], []
+    try:
+        plan = plan_rounds(config, clips, ranks)
+        if config.train.micro_batch == "auto":
+            found = [find(case_here(accelerator, experiment, clips), accelerator.process_index)]
+    except ConfigError as error:
+        problem = [str(error)]
+    torch.cuda.empty_cache()  # for those that take memory of a GPU by themselves, such as NCCL
+    raise_together(accelerator, problem, phases)
+    if config.train.micro_batch != "auto":
+        return plan
+    phases.enter("collective")
+    micro, why = min(collect(accelerator, found))
+    phases.enter("start")
+    plan = plan_rounds(config, clips, ranks, micro)
+    if accelerator.is_main_process:
+        print(
+            f"micro_batch {micro} (auto: {why}; accumulation {plan.accumulation})", file=sys.stderr
+        )
+    return plan
+
+
+def case_here(accelerator: Accelerator, experiment: Experiment, main_clips: int) -> Case:
+    """Return this run on this rank's device as it is now: before an engine is made."""
+    ranks_of_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    memory = bytes_for_tensors(accelerator.device, ranks_of_node)
+    precision = precision_asked_for(experiment.config.train.mixed_precision)
+    real = accelerator.device.type == "cuda"
+    build = experiment.build_model if real else experiment.build_outline
+    meter = Meter(build, experiment.tasks, precision, accelerator.device)
+    return Case(
+        config=experiment.config,
+        nodes=1,
+        per_node=accelerator.num_processes,
+        engine=engine_here(accelerator),
+        precision=precision,
+        memory=memory,
+        main_clips=main_clips,
+        size=footprint.size_of(meter.model),
+        activations=meter,
+    )
+
+
+def engine_here(accelerator: Accelerator) -> str:
+    """Return the engine that the launch file asks for, as footprint.ENGINES calls it."""
+    asked = engine_asked_for()
+    return (
+        f"zero{accelerator.state.deepspeed_plugin.zero_stage}"
+        if asked == "DeepSpeed"
+        else asked.lower()
+    )
+
+
+def find(case: Case, rank: int) -> tuple[int, str]:
+    """Return the largest micro-batch that fits a rank, and why in words. Raises ConfigError where not even 1 does."""
+    best = case.with_smaller_batches()
+    if best is None:
+        raise ConfigError(_too_small(case.changed(micro_batch=1), rank))
+    micro, took = best.rounds().micro_batch, best.activations_needed()
+    return micro, f"{_clips(micro)} {_gb(took)} of {_gb(best.room())} on rank {rank}"
+
+
+def _too_small(one: Case, rank: int) -> str:
+    """Say what a micro-batch of 1 takes, what there is, and what to do."""
+    state, held = sum(one.state_needed().values()), one.activations_needed()
+    limit = (
+        f"memory.budget_gb allows {_gb(one.budget())}"
+        if one.budget() == one.room()
+        else f"of the {_gb(one.memory)} for tensors {USABLE:.0%} may be used, {_gb(state)} of them by parameters, gradients "
+        "and optimizer"
+    )
+    return (
+        f"train.micro_batch: auto finds none on rank {rank} ({node()}): {_clips(1)} {_gb(held)}, and {limit}; use "
+        "memory.slice_seconds, memory.recompute, shorter data.crop_seconds, train.schedule round_robin, an engine that "
+        "shards (fsdp2 or zero3), or more memory"
+    )
+
+
+def _clips(micro: int) -> str:
+    return f"{micro} clips take" if micro > 1 else "1 clip takes"
+
+
+def _gb(count: float) -> str:
+    """Return bytes in the unit of memory.budget_gb."""
+    return f"{count / 1e9:.3g} GB" if count < float("inf") else "more than there is"
