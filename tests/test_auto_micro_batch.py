@@ -18,7 +18,8 @@ from mtl_dist.micro_batch import case_here, plan_together
 from mtl_dist.phases import Phases
 
 BATCH = 12
-AUTO = ["--train.global_batch", str(BATCH), "--train.micro_batch", "auto"]
+PLAIN = ["--model.kernel", "eager", "--memory.recompute", "none"]
+AUTO = ["--train.global_batch", str(BATCH), "--train.micro_batch", "auto", *PLAIN]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA GPU")
 
 
@@ -128,7 +129,7 @@ def test_a_process_with_a_real_limit_trains_where_one_big_micro_batch_ends_it(
     corpora_root, tmp_path
 ):
     wide = ["--model.channels", "32", "--data.crop_seconds", "2.5", "--train.global_batch", "16"]
-    wide += ["--train.rounds", "1", "--evaluation.max_clips", "1"]
+    wide += ["--train.rounds", "1", "--evaluation.max_clips", "1", *PLAIN]
     little = ["tests/workers/little_memory.py", str(1000 * 2**20)]
     words = tagging_words(corpora_root, tmp_path / "null", *wide)
     ended = worlds.run(*little, *words)
