@@ -1,4 +1,4 @@
-"""Memory and time of training in slices of time (mtl_dist/models/slices.py): the paper's trunk, fp32, one thread of a CPU.
+"""Memory and time of training in slices of time (models/slices.py): the paper's trunk by the CPU kernel, one thread.
 
     OMP_NUM_THREADS=1 python benchmarks/slices.py memory              clips of 2 to 60 s, batches of 4 to 64
     OMP_NUM_THREADS=1 python benchmarks/slices.py time                against whole clips, in turns in one run
@@ -18,31 +18,32 @@ import time
 from pathlib import Path
 
 import torch
+from room import EXACT_HEAP, resident
 
 from mtl_dist.activations import LiveBytes
 from mtl_dist.config import load_config
 from mtl_dist.models.multitask import MultitaskModel
-from mtl_dist.planning import without_corpora
+from mtl_dist.planning import FSD_CLASSES, without_corpora
 from mtl_dist.tasks.base import TaskBatch
 
-RATE, CLASSES = 16_000, 41
+RATE = 16_000
 MIB = 2**20
 CASES = [(4, 2), (4, 10), (4, 60), (16, 2), (64, 2)]
 """(clips, seconds) of a batch."""
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
-"""Lets the C library give freed tensors back to the system, so that what is resident is what is used."""
 
 
 def build(slice_samples: int | None) -> MultitaskModel:
     """Return the paper's model."""
     seconds = [] if slice_samples is None else [f"--memory.slice_seconds={slice_samples / RATE}"]
-    return without_corpora(load_config(["--config", "paper", *seconds]), CLASSES).build_model()
+    experiment = without_corpora(load_config(["--config", "paper", *seconds]), FSD_CLASSES)
+    experiment.device = torch.device("cpu")
+    return experiment.build_model()
 
 
 def batch_of_noise(task: str, clips: int, samples: int) -> dict[str, TaskBatch]:
     """Return full clips."""
     waves = 0.1 * torch.randn(clips, samples)
-    labels = torch.randint(CLASSES, (clips,))
+    labels = torch.randint(FSD_CLASSES, (clips,))
     targets = labels if task == "audio_tagging" else waves.clone()
     return {task: TaskBatch(waves, targets, torch.full((clips,), samples))}
 
@@ -50,12 +51,6 @@ def batch_of_noise(task: str, clips: int, samples: int) -> dict[str, TaskBatch]:
 def step(model: MultitaskModel, batches: dict[str, TaskBatch]) -> None:
     """Forward and backward."""
     sum(total / count for total, count in model(batches).values()).backward()
-
-
-def resident(field: str) -> int:
-    """VmRSS, what is resident now, or VmHWM, its peak, of this process in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(field)))
 
 
 def memory_of(task: str, clips: int, seconds: int, slice_samples: int | None) -> dict[str, int]:
@@ -80,7 +75,7 @@ def memory(options) -> None:
         words += ["--clips", str(clips), "--seconds", str(seconds)]
         words += [] if slice_samples is None else ["--slice", str(slice_samples)]
         done = subprocess.run(
-            words, env=os.environ | MALLOC, stdout=subprocess.PIPE, text=True, check=True
+            words, env=os.environ | EXACT_HEAP, stdout=subprocess.PIPE, text=True, check=True
         )
         found = json.loads(done.stdout.splitlines()[-1])
         live, grown = (f"{found[key] / MIB:.0f}" for key in ("live", "resident"))

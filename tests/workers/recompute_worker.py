@@ -1,8 +1,8 @@
-"""The gradients of a round in given modes of kernel, recomputing and storage, on one engine: gradients.safetensors.
+"""The gradients of a round in given modes of kernel, recomputing, storage and slices, on one engine: gradients.safetensors.
 
 accelerate launch --config_file launch_configs/FILE.yaml tests/workers/recompute_worker.py CORPORA OUT MODE ...
 
-A mode is KERNEL,RECOMPUTE,STORAGE.
+A mode is KERNEL,RECOMPUTE,STORAGE,SLICE_SECONDS.
 """
 
 import sys
@@ -24,8 +24,9 @@ from mtl_dist.runtime import leave, start
 
 def gradients(accelerator, corpora: str, mode: str) -> dict[str, torch.Tensor]:
     """{mode/schedule/parameter: what one step of SGD takes away}, by both schedules, two micro-batches a task."""
-    kernel, recompute, storage = mode.split(",")
+    kernel, recompute, storage, slices = mode.split(",")
     words = ["--model.kernel", kernel, "--memory.recompute", recompute, "--memory.storage", storage]
+    words += ["--memory.slice_seconds", slices]
     words = tiny.tiny_words(Path(corpora), *big_batch.weight_words(), *words)
     experiment = build_experiment(load_config(words), device=accelerator.device)
     engine = make_engine(
