@@ -35,9 +35,8 @@ CASES = [(4, 2), (4, 10), (4, 60), (16, 2), (64, 2)]
 def build(slice_samples: int | None) -> MultitaskModel:
     """Return the paper's model."""
     seconds = [] if slice_samples is None else [f"--memory.slice_seconds={slice_samples / RATE}"]
-    experiment = without_corpora(load_config(["--config", "paper", *seconds]), FSD_CLASSES)
-    experiment.device = torch.device("cpu")
-    return experiment.build_model()
+    config = load_config(["--config", "paper", *seconds])
+    return without_corpora(config, FSD_CLASSES, device=torch.device("cpu")).build_model()
 
 
 def batch_of_noise(task: str, clips: int, samples: int) -> dict[str, TaskBatch]:

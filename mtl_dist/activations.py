@@ -123,34 +123,51 @@ class Meter:
         if real:
             self.model.to(device)
             for name in tasks:  # what is compiled, tuned or loaded once is not a clip's
-                self._measure((name,), 1)
+                self._tried(self._fullest, (name,), 1)
 
     def micro_step(self, schedule: str, clips: int) -> float:
         """Return the bytes of the fullest micro-step of so many clips of a task: of one task, or of all for joint."""
-        steps = [tuple(self.tasks)] if schedule == "joint" else [(name,) for name in self.tasks]
-        return max(self.of(names, clips) for names in steps)
+        return max(self.of(names, clips) for names in _steps(schedule, self.tasks))
 
     def of(self, names: tuple[str, ...], clips: int) -> float:
         """Return the bytes of a forward and backward of so many clips of each of these tasks; inf: more than there are."""
         if (names, clips) not in self.known:
-            self.known[names, clips] = self._measure(names, clips)
+            self.known[names, clips] = self._tried(self._fullest, names, clips)
         return self.known[names, clips]
 
-    def _measure(self, names: tuple[str, ...], clips: int) -> float:
+    def slices(self, schedule: str, samples: int) -> float:
+        """Return the bytes of the fullest micro-step in slices of so many samples, whatever the clips; inf as above."""
+        steps = _steps(schedule, self.model.slicers)
+        return max(self._tried(self._in_slices, names, samples) for names in steps)
+
+    def _tried(self, measure: Callable[..., int], *arguments) -> float:
         try:
             with self.context:
-                return self._fullest(names, clips)
-        except torch.cuda.OutOfMemoryError:
+                return measure(*arguments)
+        except torch.OutOfMemoryError:
             self.model.zero_grad(set_to_none=True)
             return math.inf
 
     def _fullest(self, names: tuple[str, ...], clips: int) -> int:
         """Return the bytes of tasks in slices, one after another, or of the others, at once; the slices' gradients stay."""
-        slicers = {n: self.model.slicers[n] for n in names if n in self.model.slicers}
-        rest = {n: batch_of(self.tasks[n], clips) for n in names if n not in slicers}
-        held = [peak_bytes(self.model, rest, self.precision)] if rest else []
-        held += [
-            stretch_bytes(self.model, self.tasks[n], s.samples + s.halo, self.precision)
-            for n, s in slicers.items()
+        sliced = tuple(n for n in names if n in self.model.slicers)
+        batches = {n: batch_of(self.tasks[n], clips) for n in names if n not in sliced}
+        rest = peak_bytes(self.model, batches, self.precision) if batches else 0
+        if not sliced:
+            return rest
+        gradients = slices_bytes([self.model.slicers[n].elements for n in sliced])
+        return max(rest + gradients, self._in_slices(sliced, self.model.slice_samples))
+
+    def _in_slices(self, names: tuple[str, ...], samples: int) -> int:
+        """Return the bytes of the fullest pass of tasks in slices, and of their gradients."""
+        slicers = {n: self.model.slicers[n] for n in names}
+        passes = [
+            stretch_bytes(self.model, self.tasks[n], samples + slicer.halo, self.precision)
+            for n, slicer in slicers.items()
         ]
-        return max(held) + slices_bytes([s.elements for s in slicers.values()])
+        return max(passes) + slices_bytes([slicer.elements for slicer in slicers.values()])
+
+
+def _steps(schedule: str, names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Return the tasks of each micro-step."""
+    return [tuple(names)] if schedule == "joint" else [(name,) for name in names]

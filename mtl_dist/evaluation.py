@@ -22,8 +22,6 @@ from mtl_dist.tasks.base import Task, TaskBatch
 log = logging.getLogger("mtl_dist")
 LEAST_CLIPS_JUDGED = 200
 """The share of bad clips is judged as of so many clips at least: one bad file among the first ten is no verdict."""
-CLIPS_PER_FORWARD = 16
-"""Windows of one row that go through the model together; bounds memory for long recordings."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -95,10 +93,12 @@ def evaluation_batches(
             bad.append(str(error))
 
 
-def forward(accelerator: Accelerator, model, name: str, batch: TaskBatch) -> torch.Tensor:
-    """Return a task's outputs for a batch, a few clips at a time; whole ones, which differ in length, one by one."""
+def forward(
+    accelerator: Accelerator, model, name: str, batch: TaskBatch, clips: int
+) -> torch.Tensor:
+    """Return a task's outputs for a batch, so many clips at a time; whole ones, which differ in length, one by one."""
     task, parts = model.tasks[name], []
-    batch, size = batch.to(accelerator.device), 1 if task.whole else CLIPS_PER_FORWARD
+    batch, size = batch.to(accelerator.device), 1 if task.whole else clips
     for first in range(0, len(batch.inputs), size):
         part = task.trimmed(TaskBatch(*(tensor[first : first + size] for tensor in batch)))
         with accelerator.autocast():
@@ -138,7 +138,7 @@ def evaluate(
         try:
             for batches in evaluation_batches(experiment, task, table, rows, bad, crops):
                 for batch in batches:
-                    outputs = forward(accelerator, model, name, batch)
+                    outputs = forward(accelerator, model, name, batch, experiment.clips_per_forward)
                     sums.add(task.metrics(outputs, batch.to(accelerator.device)))
                 done += 1
         except ShardError as error:
@@ -167,7 +167,7 @@ def examples(accelerator: Accelerator, model, experiment: Experiment, split: str
             table = experiment.evaluation_table(name, split)
             rows = fixed_rows(table, number, experiment.config.data.split_seed)
             for place, (batch,) in enumerate(evaluation_batches(experiment, task, table, rows, [])):
-                outputs = forward(accelerator, model, name, batch)
+                outputs = forward(accelerator, model, name, batch, experiment.clips_per_forward)
                 waves = task.showcase(outputs, batch.to(accelerator.device))
                 if waves:
                     yield name, place, {what: wave.float().cpu() for what, wave in waves.items()}

@@ -1,7 +1,6 @@
 """From a configuration to the things it names: corpora, tasks, tables of clips, reader, model."""
 
 import dataclasses
-import functools
 import hashlib
 import logging
 import math
@@ -15,17 +14,15 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from mtl_dist.audio.clips import ClipReader
+from mtl_dist.blueprint import Blueprint
 from mtl_dist.config import Config, ConfigError
 from mtl_dist.corpora import Corpus
 from mtl_dist.corpora.base import SPLITS
-from mtl_dist.models.kernels import REFERENCE, Choice, Where, choose_kernel
-from mtl_dist.models.layer import LayerKernel, eager
+from mtl_dist.models.kernels import REFERENCE
 from mtl_dist.models.multitask import MultitaskModel
-from mtl_dist.models.storage import recomputed
-from mtl_dist.models.wavenet import WaveNetTrunk, receptive_field
+from mtl_dist.models.wavenet import receptive_field
 from mtl_dist.phases import Phases
-from mtl_dist.runtime import DTYPES, World, collect, precision_asked_for
-from mtl_dist.slice_length import slice_samples
+from mtl_dist.runtime import World, collect, precision_asked_for
 from mtl_dist.streams.rounds import RoundStream
 from mtl_dist.streams.shards import Shards
 from mtl_dist.streams.table import Table
@@ -42,8 +39,9 @@ class Experiment:
     corpora: dict[str, Corpus]
     tasks: dict[str, Task]
     reader: ClipReader
-    device: torch.device | None = None
-    """Where models are computed; None where nobody trains, with the reference kernel."""
+    blueprint: Blueprint
+    clips_per_forward: int = 16
+    """Windows of one row that are evaluated together; no more than clips fit in training."""
 
     def table(self, task: str) -> Table:
         """Return the training rows of all sources of a task."""
@@ -77,70 +75,18 @@ class Experiment:
             positions=positions,
         )
 
-    @functools.cached_property
-    def kernel(self) -> Choice:
-        """What computes the layers on `device`."""
-        if self.device is None:
-            return REFERENCE
-        model = self.config.model
-        alone = not (model.skip_outputs or model.residual_projection)
-        precision = precision_asked_for(self.config.train.mixed_precision)
-        where = Where(self.device, model.channels, DTYPES.get(precision, torch.float32))
-        return choose_kernel(model.kernel, where, alone)
-
-    @property
-    def recompute(self) -> str:
-        """What the backward computes again: none, layer (whatever is asked, by kernels that do it), or block."""
-        asked = self.config.memory.recompute
-        if asked == "auto":
-            asked = "none" if self.config.memory.budget_gb is None else "layer"
-        return "layer" if self.kernel.recomputes and asked == "none" else asked
-
-    @functools.cached_property
-    def slice_samples(self) -> int | None:
-        """Length of a slice of time, or None: the same on every rank. Raises ConfigError where there can be none."""
-        try:
-            precision = precision_asked_for(self.config.train.mixed_precision)
-            return slice_samples(self.config, self._without_numbers, self.tasks, precision)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-
     def build_model(self) -> MultitaskModel:
         """Return a new model; its initial values depend on run.seed and the tasks alone."""
-        return self._model(self.kernel.kernel, self.slice_samples)
-
-    def build_outline(self) -> MultitaskModel:
-        """Return a new model for tensors without numbers (activations.pretended), which cannot be compiled for."""
-        return self._without_numbers(self.slice_samples)
-
-    def _without_numbers(self, slices: int | None = None) -> MultitaskModel:
-        return self._model(eager if self.kernel.name == "compile" else self.kernel.kernel, slices)
-
-    def _model(self, kernel: LayerKernel, slices: int | None = None) -> MultitaskModel:
-        torch.manual_seed(self.config.run.seed)
-        model, memory, recompute = self.config.model, self.config.memory, self.recompute
-        if recompute == "layer" and not self.kernel.recomputes:
-            kernel = functools.partial(recomputed, kernel)
-        trunk = WaveNetTrunk(
-            blocks=model.blocks,
-            layers=model.layers,
-            channels=model.channels,
-            residual_projection=model.residual_projection,
-            skip_outputs=model.skip_outputs,
-            input_gain=model.input_gain,
-            kernel=kernel,
-            recompute_blocks=recompute == "block",
-            bf16_storage=memory.storage == "bf16",
-        )
-        return MultitaskModel(trunk, self.tasks, slices)
+        return self.blueprint.model()
 
 
 def build_experiment(
     config: Config,
     known: Mapping[str, Corpus] | None = None,
     device: torch.device | None = None,
+    precision: str = "no",
 ) -> Experiment:
-    """List the corpora that the trained tasks hear, but for those that are `known`, and build the tasks for a device.
+    """List the corpora that the trained tasks hear, but for those that are `known`, and build the tasks.
 
     Raises:
         ConfigError: a corpus or task cannot be built as configured; the message names the field, file or row.
@@ -171,8 +117,9 @@ def build_experiment(
             for name, corpus in corpora.items()
         },
     )
+    blueprint = Blueprint(config, tasks, device, precision)
     experiment = Experiment(
-        config=config, corpora=corpora, tasks=tasks, reader=reader, device=device
+        config=config, corpora=corpora, tasks=tasks, reader=reader, blueprint=blueprint
     )
     for name in tasks:
         table = experiment.table(name)
@@ -193,12 +140,13 @@ def build_together(accelerator: Accelerator, config: Config, phases: Phases) -> 
     The first of a node may have to make corpora. What lies in shards is listed by rank 0 alone, which tells the others.
     """
     experiment, problem = None, []
+    precision = precision_asked_for(config.train.mixed_precision)
     place = 2 - accelerator.is_local_main_process - accelerator.is_main_process
     known: list[dict[str, Corpus]] = [{}]
     for turn in range(3):
         if place == turn:
             try:
-                experiment = build_experiment(config, known[0], accelerator.device)
+                experiment = build_experiment(config, known[0], accelerator.device, precision)
             except ConfigError as error:
                 problem = [str(error) if accelerator.is_main_process else f"on {node()}: {error}"]
         raise_together(accelerator, problem, phases)
@@ -208,11 +156,22 @@ def build_together(accelerator: Accelerator, config: Config, phases: Phases) -> 
             phases.enter("collective")
             broadcast_object_list(known)
             phases.enter("start")
-    if experiment.kernel.warning and accelerator.is_main_process:
-        log.warning(experiment.kernel.warning)
+    agree_on_kernel(accelerator, experiment.blueprint, phases)
     for corpus in experiment.shards().values():
         corpus.rank = accelerator.process_index
     return experiment
+
+
+def agree_on_kernel(accelerator: Accelerator, blueprint: Blueprint, phases: Phases) -> None:
+    """Let all ranks compute by the reference, with a warning, where one of them cannot do it by the kernel asked for."""
+    warning = blueprint.kernel.warning
+    phases.enter("collective")
+    warnings = collect(accelerator, [f"{warning} (so on {node()})"] if warning else [])
+    phases.enter("start")
+    if warnings:
+        blueprint.kernel = REFERENCE._replace(warning=warnings[0])
+        if accelerator.is_main_process:
+            log.warning(warnings[0])
 
 
 def raise_together(accelerator: Accelerator, problem: list[str], phases: Phases) -> None:

@@ -154,7 +154,8 @@ def memory_problem(case: Case) -> str | None:
     if better is None:
         return (
             f"{problem}; no engine with a train.micro_batch of 1 fits either: use devices with more memory, more ranks for "
-            "fsdp2 or zero3, shorter data.crop_seconds, memory.slice_seconds or a smaller model"
+            "fsdp2 or zero3, memory.slice_seconds, shorter clips (data.crop_seconds, or longest_seconds of whole ones) or a "
+            "smaller model"
         )
     return f"{problem}; use {_how(case, better)} ({size_text(better.memory_total())})"
 

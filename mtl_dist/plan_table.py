@@ -107,7 +107,7 @@ def _memory_rows(facts: dict, case: Case) -> list[tuple[str, str, str]]:
     } | {
         "gradients": "buckets included; whole until they are reduced, once a round",
         "gathered": "parameters that are whole for the moment",
-        "activations": f"forward and backward of {facts['micro_batch']} clips by the eager kernel, followed here",
+        "activations": f"forward and backward of {facts['micro_batch']} clips by kernel {facts['kernel']}, followed here",
     }
     if case.engine == "fsdp2" and facts["micro_steps"] == 1:
         how["gradients"] = f"1/{case.ranks} of them"

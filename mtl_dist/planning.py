@@ -36,11 +36,10 @@ class StandIn:
         return make_corpus(name, [row], [str(i) for i in range(self.classes)])
 
 
-def without_corpora(config: Config, classes: int) -> Experiment:
-    """Return the experiment with its tasks and model, on corpora that hold nothing."""
-    return build_experiment(
-        dataclasses.replace(config, corpora=dict.fromkeys(config.corpora, StandIn(classes)))
-    )
+def without_corpora(config: Config, classes: int, **where) -> Experiment:
+    """Return the experiment with its tasks and model, on corpora that hold nothing; `where`: see build_experiment."""
+    stand_ins = dict.fromkeys(config.corpora, StandIn(classes))
+    return build_experiment(dataclasses.replace(config, corpora=stand_ins), **where)
 
 
 def figures(case: Case, experiment: Experiment, rows: dict[str, int]) -> dict[str, object]:
@@ -57,6 +56,7 @@ def figures(case: Case, experiment: Experiment, rows: dict[str, int]) -> dict[st
         "precision": case.precision,
         "schedule": train.schedule,
         "parameters": case.size.elements,
+        "kernel": experiment.blueprint.kernel.name,
         "global_batch": train.global_batch,
         "clips": rows,
         "longest_seconds": {
@@ -168,12 +168,13 @@ def run_plan(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def _experiment(config: Config, options) -> tuple[Experiment, dict[str, int]]:
     """Return the experiment and {task: training clips}, from the corpora or, with --clips, without them."""
-    main = config.train.main_task
+    main, told = config.train.main_task, config.train.mixed_precision
+    precision = options.precision or ("bf16" if told == "launcher" else told)
     if options.clips is not None:
         print(f"without the corpora: {main} has {options.clips} clips", file=sys.stderr)
-        return without_corpora(config, options.classes), {main: options.clips}
+        return without_corpora(config, options.classes, precision=precision), {main: options.clips}
     try:
-        experiment = build_experiment(config)
+        experiment = build_experiment(config, precision=precision)
     except ConfigError as error:
         raise ConfigError(
             f"{error}. To plan without the corpora: --clips N, the training clips of {main}"
@@ -182,15 +183,14 @@ def _experiment(config: Config, options) -> tuple[Experiment, dict[str, int]]:
 
 
 def _measured(config: Config, options, experiment: Experiment, main_clips: int) -> Case:
-    told = config.train.mixed_precision
-    precision = options.precision or ("bf16" if told == "launcher" else told)
-    meter = Meter(experiment.build_outline, experiment.tasks, precision)
+    blueprint = experiment.blueprint
+    meter = Meter(blueprint.outline, experiment.tasks, blueprint.precision)
     return Case(
         config=config,
         nodes=options.nodes,
         per_node=options.per_node,
         engine=options.engine,
-        precision=precision,
+        precision=blueprint.precision,
         memory=round(options.memory_gib * 2**30),
         main_clips=main_clips,
         size=footprint.size_of(meter.model),

@@ -81,8 +81,7 @@ def open_together(accelerator, folder: RunFolder, experiment, phases: Phases) ->
     problem: list[str] = []
     if accelerator.is_main_process:
         try:
-            _ = experiment.slice_samples  # that there can be one
-            device, kernel = accelerator.device, experiment.kernel.name
+            device, kernel = accelerator.device, experiment.blueprint.kernel.name
             folder.open(experiment.config, world_of(accelerator), device, kernel)
         except ConfigError as error:
             problem = [str(error)]
@@ -105,11 +104,13 @@ def describe(accelerator, experiment, trainer) -> None:
             "`sums` and `classify` (models/heads.py), can be computed in slices of time",
             name,
         )
+    kernel, recompute = experiment.blueprint.kernel, experiment.blueprint.recompute
+    recompute = "layer" if kernel.recomputes and recompute == "none" else recompute
     print(
         f"{type(engine.bare).__name__} of {parameters:,} parameters, {held} of them on rank 0, receptive field "
         f"{engine.bare.trunk.receptive_field} samples; {engine.name}, {accelerator.num_processes} processes on "
-        f"{accelerator.device.type}, precision {engine.precision}, kernel {experiment.kernel.name}, {slices}, recompute "
-        f"{experiment.recompute}, storage {experiment.config.memory.storage}, {train.schedule}; global batch "
+        f"{accelerator.device.type}, precision {engine.precision}, {train.schedule}, kernel {kernel.name}, "
+        f"{slices}, recompute {recompute}, storage {experiment.config.memory.storage}; global batch "
         f"{train.global_batch} = {accelerator.num_processes} ranks x {plan.micro_batch} x {plan.accumulation}; "
         f"{plan.rounds} rounds, {plan.rounds_per_epoch:.1f} an epoch; tasks: "
         f"{', '.join(task.describe() for task in experiment.tasks.values())}",

@@ -1,6 +1,7 @@
 """Every kernel against the reference in float64: x + h, h and their gradients, in awkward shapes; and which is chosen."""
 
 import copy
+import functools
 import pickle
 import re
 
@@ -17,6 +18,7 @@ from mtl_dist.models.wavenet import WaveNetTrunk
 HERE = kernels.Where(torch.device("cpu"), 4)
 CUDA = kernels.Where(torch.device("cuda"), 4)
 LAW = {torch.float64: 1e-12, torch.float32: 1e-5}
+KEEPS = [False, True]
 AWKWARD = [(1, 4, 9, 4), (2, 3, 5, 8), (3, 5, 1, 1), (2, 1, 37, 5), (1, 4, 16, 16)]
 """Clips, channels, samples, dilation: shorter than the dilation, one sample, one channel, tiles that come out even."""
 
@@ -56,19 +58,23 @@ def worst(ours, truth):
     )
 
 
+@pytest.mark.parametrize("keep", KEEPS, ids=["again", "kept"])
 @pytest.mark.parametrize("dtype", LAW)
 @pytest.mark.parametrize("shape", AWKWARD, ids=str)
 @pytest.mark.parametrize("project", [False, True], ids=["plain", "projection"])
 def test_the_cpu_kernel_has_the_references_numbers_and_gradients(
-    shape, dtype, project, small_tiles
+    shape, dtype, project, keep, small_tiles
 ):
+    layer, alone = (
+        functools.partial(k, keep_gates=keep) for k in (cpu.cpu_layer, cpu.cpu_layer_alone)
+    )
     *sizes, dilation = shape
     drawn = draw(*sizes, project)
     truth = found(eager, drawn, dilation, torch.float64)
-    assert worst(found(cpu.cpu_layer, drawn, dilation, dtype), truth) < LAW[dtype]
+    assert worst(found(layer, drawn, dilation, dtype), truth) < LAW[dtype]
     if not project:
         truth = found(eager, drawn, dilation, torch.float64, with_h=False)
-        assert worst(found(cpu.cpu_layer_alone, drawn, dilation, dtype), truth) < LAW[dtype]
+        assert worst(found(alone, drawn, dilation, dtype), truth) < LAW[dtype]
 
 
 @settings(deadline=None, max_examples=40)
@@ -78,14 +84,16 @@ def test_the_cpu_kernel_has_the_references_numbers_and_gradients(
     st.integers(1, 60),
     st.integers(1, 70),
     st.integers(1, 20),
+    st.booleans(),
 )
-def test_the_cpu_kernel_is_right_for_any_tile(clips, channels, samples, dilation, tile):
+def test_the_cpu_kernel_is_right_for_any_tile(clips, channels, samples, dilation, tile, keep):
     drawn = draw(clips, channels, samples)
     truth = found(eager, drawn, dilation, torch.float64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "FEWEST_ROWS", tile)
         patch.setattr(cpu, "TILE_BYTES", 1)
-        assert worst(found(cpu.cpu_layer, drawn, dilation, torch.float64), truth) < 1e-12
+        layer = functools.partial(cpu.cpu_layer, keep_gates=keep)
+        assert worst(found(layer, drawn, dilation, torch.float64), truth) < 1e-12
 
 
 def test_gradients_are_made_of_what_asks_for_them_alone(small_tiles):
@@ -130,17 +138,20 @@ def test_under_autocast_the_cpu_kernel_computes_in_float32():
     ],
 )
 def test_a_trunk_has_the_references_gradients_under_every_kernel(name, variant):
-    chosen = kernels.choose_kernel(name, HERE, alone=not variant)
-    assert chosen.name == name
+    ours = kernels.compiled
+    if name != "compile":  # whose trial takes as long again
+        chosen = kernels.choose_kernel(name, HERE, alone=not variant)
+        assert chosen.name == name
+        ours = chosen.kernel
     gradients = {}
-    for kernel in (eager, chosen.kernel):
+    for kernel in (eager, ours):
         torch.manual_seed(0)
         trunk = WaveNetTrunk(2, 3, 4, input_gain=8.0, kernel=kernel, **variant).double()
         for samples in (40, 63):
             wave = torch.randn(2, samples, dtype=torch.float64)
             trunk(wave).square().sum().backward()
         gradients[kernel] = [p.grad for p in trunk.parameters() if p.grad is not None]
-    assert worst(gradients[chosen.kernel], gradients[eager]) < 1e-12
+    assert worst(gradients[ours], gradients[eager]) < 1e-12
 
 
 def test_a_model_with_any_kernel_can_be_copied_and_pickled():
@@ -150,16 +161,13 @@ def test_a_model_with_any_kernel_can_be_copied_and_pickled():
             assert twin.layers[0].kernel is kernel
 
 
-@pytest.fixture
-def chosen_afresh():
-    kernels.choose_kernel.cache_clear()
-    yield
-    kernels.choose_kernel.cache_clear()
-
-
-def test_auto_is_the_cpu_kernel_on_a_cpu_and_triton_on_a_gpu(monkeypatch, chosen_afresh):
-    assert kernels.choose_kernel("auto", HERE, True)[:2] == ("cpu", cpu.cpu_layer_alone)
-    assert kernels.choose_kernel("auto", HERE, False).kernel is cpu.cpu_layer
+def test_auto_is_the_cpu_kernel_on_a_cpu_and_triton_on_a_gpu(monkeypatch):
+    for alone, layer in ((True, cpu.cpu_layer_alone), (False, cpu.cpu_layer)):
+        for keeps in KEEPS:
+            chosen = kernels.choose_kernel("auto", HERE, alone, keeps)
+            assert (chosen.name, chosen.recomputes) == ("cpu", not keeps)
+            assert chosen.kernel.func is layer
+            assert chosen.kernel.keywords == {"keep_gates": keeps}
     monkeypatch.setattr(kernels, "why_not", lambda name, where: None)
     for alone in (True, False):
         chosen = kernels.choose_kernel("auto", CUDA, alone)
@@ -177,9 +185,7 @@ def test_auto_is_the_cpu_kernel_on_a_cpu_and_triton_on_a_gpu(monkeypatch, chosen
         ("compile", HERE, "no working C\\+\\+ compiler"),
     ],
 )
-def test_a_kernel_that_cannot_run_falls_back_and_says_why(
-    name, where, reason, monkeypatch, chosen_afresh
-):
+def test_a_kernel_that_cannot_run_falls_back_and_says_why(name, where, reason, monkeypatch):
     def no_compiler(*_, **__):
         raise RuntimeError("no working C++ compiler\nand much more")
 
@@ -202,3 +208,10 @@ def test_a_trial_finds_a_kernel_that_computes_something_else():
     assert kernels.trial(eager, HERE) is None
     assert kernels.trial(eager, HERE._replace(dtype=torch.bfloat16)) is None
     assert "off" in kernels.trial(wrong, HERE)
+
+
+def test_a_trial_that_fails_without_a_word_is_a_reason():
+    def failing(x, weights):
+        raise AssertionError
+
+    assert kernels.trial(failing, HERE) == "a trial fails: AssertionError: "

@@ -24,6 +24,7 @@ KERNELS = {
     "eager": eager,
     "layer": functools.partial(recomputed, eager),
     "cpu": cpu_layer,
+    "cpu, gates kept": functools.partial(cpu_layer, keep_gates=True),
 }
 VARIANTS = [{}, {"residual_projection": True}, {"skip_outputs": True}]
 
@@ -70,6 +71,8 @@ def test_the_papers_trunk_keeps_a_layers_input_a_block_s_input_or_everything():
     trunk = functools.partial(WaveNetTrunk, 3, 6, 64)
     assert kept_bytes(trunk(kernel=KERNELS["layer"]), wave) == pytest.approx(18 * one, rel=0.01)
     assert kept_bytes(trunk(kernel=cpu_layer_alone), wave) == pytest.approx(18 * one, rel=0.01)
+    gates = functools.partial(cpu_layer_alone, keep_gates=True)
+    assert kept_bytes(trunk(kernel=gates), wave) == pytest.approx(3 * 18 * one, rel=0.01)
     assert kept_bytes(trunk(recompute_blocks=True), wave) == pytest.approx(3 * one, rel=0.01)
     assert kept_bytes(trunk(kernel=eager), wave) == pytest.approx(3 * 18 * one, rel=0.01)
 
@@ -116,6 +119,7 @@ def test_bf16_storage_leaves_float64_and_weights_alone():
 SLICES = str(big_batch.SLICE_SAMPLES / 16_000)
 MODES = [
     ("cpu", "none", "full", "null"),
+    ("cpu", "layer", "full", "null"),
     ("eager", "layer", "full", "null"),
     ("cpu", "block", "full", "null"),
     ("eager", "block", "full", "null"),

@@ -16,7 +16,11 @@ from mtl_dist.slice_length import GB
 
 @pytest.fixture
 def experiment_with(corpora_root):
-    return lambda *words: build_experiment(load_config(tiny.tiny_words(corpora_root, *words)))
+    def build(*words: str, precision: str = "no"):
+        config = load_config(tiny.tiny_words(corpora_root, *words))
+        return build_experiment(config, device=torch.device("cpu"), precision=precision)
+
+    return build
 
 
 def auto(budget: float) -> list[str]:
@@ -41,7 +45,7 @@ def test_auto_fills_the_budget_and_keeps_it(experiment_with, schedule):
 
 
 def test_more_memory_means_longer_slices(experiment_with):
-    lengths = [experiment_with(*auto(b)).slice_samples for b in (0.0005, 0.001, 0.01, 1)]
+    lengths = [experiment_with(*auto(b)).blueprint.slice_samples for b in (0.0005, 0.001, 0.01, 1)]
     assert lengths == sorted(set(lengths))
 
 
@@ -52,16 +56,30 @@ def test_auto_without_a_budget_is_refused(experiment_with):
 
 def test_a_budget_that_holds_no_slice_is_refused_with_the_arithmetic(experiment_with):
     with pytest.raises(
-        ConfigError, match=r"budget_gb: 1e-05 GB .* 15 samples with a halo of \d+, take"
+        ConfigError, match=r"budget_gb: 1e-05 GB .* 15 samples and what .*, take \S+ GB"
     ):
-        _ = experiment_with(*auto(1e-5)).slice_samples
+        _ = experiment_with(*auto(1e-5)).blueprint.slice_samples
 
 
-def test_fp16_is_refused(experiment_with, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    experiment = experiment_with("--memory.slice_seconds", "1", "--train.mixed_precision", "fp16")
+def test_fp16_is_refused(experiment_with):
+    experiment = experiment_with("--memory.slice_seconds", "1", precision="fp16")
     with pytest.raises(ConfigError, match=r"memory\.slice_seconds: not together with .*fp16"):
-        _ = experiment.slice_samples
+        _ = experiment.blueprint.slice_samples
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_plan_in_slices_is_of_the_precision_that_it_is_asked_for(corpora_root, capsys, precision):
+    words = ["plan", "--precision", precision, *tiny.tiny_words(corpora_root, *auto(0.02))]
+    cli.main(words)
+    held = re.search(r"memory: activations +(\S+) MiB", capsys.readouterr().out).group(1)
+    assert 0.85 * 0.02 * GB < float(held) * 2**20 <= 1.005 * 0.02 * GB  # it is said in tenths
+
+
+def test_a_plan_in_fp16_needs_no_gpu_and_refuses_slices(corpora_root, capsys):
+    words = ["plan", "--precision", "fp16", *tiny.tiny_words(corpora_root)]
+    cli.main(words)
+    with pytest.raises(SystemExit, match=r"slice_seconds: not together with mixed precision fp16"):
+        cli.main([*words, "--memory.slice_seconds", "0.1"])
 
 
 def test_the_plan_of_slices_does_not_grow_with_the_micro_batch(corpora_root, capsys):

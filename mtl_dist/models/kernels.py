@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mtl_dist.models.cpu_layer import cpu_layer, cpu_layer_alone
 from mtl_dist.models.layer import LayerKernel, LayerWeights, eager, gated, products
-from mtl_dist.models.triton_layer import can_run, triton_layer
+from mtl_dist.models.triton_layer import can_run, layers_reason, triton_layer
 
 
 class Choice(NamedTuple):
@@ -32,14 +32,14 @@ class Where(NamedTuple):
 REFERENCE = Choice("eager", eager, False)
 
 
-@functools.cache
-def choose_kernel(asked: str, where: Where, alone: bool) -> Choice:
+def choose_kernel(asked: str, where: Where, alone: bool, keeps: bool = True) -> Choice:
     """Return the kernel that is in force, the reference with a warning where that which was `asked` for cannot run.
 
     Args:
         asked: a value of model.kernel.
         where: what it is chosen for.
         alone: only x + h is needed, and there are no projections.
+        keeps: the gates may be kept for the backward, where that is faster.
     """
     name = asked
     if asked == "auto":
@@ -47,10 +47,27 @@ def choose_kernel(asked: str, where: Where, alone: bool) -> Choice:
     if reason := why_not(name, where):
         text = f"model.kernel: {name} cannot run here ({reason}); eager is used"
         return REFERENCE._replace(warning=text)
+    return _named(name, alone, keeps)
+
+
+def expected_kernel(
+    asked: str, channels: int, dtype: torch.dtype, alone: bool, keeps: bool
+) -> Choice:
+    """Return the kernel that would be in force on a machine that has what it needs, auto's being a GPU."""
+    name = "triton" if asked == "auto" else asked
+    return (
+        REFERENCE
+        if name == "triton" and layers_reason(channels, dtype)
+        else _named(name, alone, keeps)
+    )
+
+
+def _named(name: str, alone: bool, keeps: bool) -> Choice:
     if name == "triton":
         return Choice(name, functools.partial(triton_layer, with_hidden=not alone), True)
     if name == "cpu":
-        return Choice(name, cpu_layer_alone if alone else cpu_layer, True)
+        layer = cpu_layer_alone if alone else cpu_layer
+        return Choice(name, functools.partial(layer, keep_gates=keeps), not keeps)
     return Choice(name, compiled, False) if name == "compile" else REFERENCE
 
 
@@ -73,13 +90,17 @@ def trial(kernel: LayerKernel, where: Where) -> str | None:
     rng = torch.Generator().manual_seed(0)
     shapes = (2, where.channels, 70), (2 * where.channels, where.channels, 2), (2 * where.channels,)
     drawn = [torch.randn(shape, generator=rng) / 4 for shape in shapes]
-    truth = _with_gradients(eager, drawn)
+    drawn[0] = drawn[0].to(where.dtype).float()  # the layers before round x
+    truth = _with_gradients(eager, drawn, torch.float32)
     half = where.dtype in (torch.bfloat16, torch.float16)
     try:
         with torch.autocast(where.device.type, where.dtype if half else None, enabled=half):
-            found = _with_gradients(kernel, [tensor.to(where.device) for tensor in drawn])
+            found = _with_gradients(
+                kernel, [tensor.to(where.device) for tensor in drawn], where.dtype
+            )
     except Exception as error:
-        return f"a trial fails: {str(error).strip().splitlines()[0]}"
+        text = next(iter(str(error).strip().splitlines()), "")
+        return f"a trial fails: {type(error).__name__}: {text}"
     pairs = zip(found, truth, strict=True)
     off = max(float((a.double().cpu() - b).norm() / b.norm()) for a, b in pairs)
     return None if off < ROUNDING[where.dtype] else f"in a trial it is {off:.1e} off"
@@ -89,10 +110,10 @@ ROUNDING = {torch.float32: 5e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """How far a trial may be off, relative: the products' operands are rounded (fp32: to TF32)."""
 
 
-def _with_gradients(kernel: LayerKernel, drawn: list[Tensor]) -> list[Tensor]:
-    """Return x + h of a layer and the gradients of half its squares' sum."""
+def _with_gradients(kernel: LayerKernel, drawn: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return x + h of a layer and the gradients of half its squares' sum, x in a precision."""
     inputs = [tensor.clone().requires_grad_() for tensor in drawn]
-    total, _ = kernel(inputs[0], LayerWeights(*inputs[1:], None, None, 3))
+    total, _ = kernel(inputs[0].to(dtype), LayerWeights(*inputs[1:], None, None, 3))
     return [total.detach(), *torch.autograd.grad(total.float().square().sum() / 2, inputs)]
 
 

@@ -62,7 +62,11 @@ def _pooled(head: nn.Module) -> bool:
 
 def _in_step(thing: object, whole: str, parts: list[str]) -> bool:
     """Whether a class has the parts, and its `whole` is not newer than they are."""
-    owners = [next((c for c in type(thing).__mro__ if n in vars(c)), None) for n in [whole, *parts]]
+    kinds, names = type(thing).__mro__, [whole, *parts]
+    owners = [
+        kinds[0] if n in vars(thing) else next((c for c in kinds if n in vars(c)), None)
+        for n in names
+    ]
     return all(owner and issubclass(owner, owners[0]) for owner in owners[1:])
 
 

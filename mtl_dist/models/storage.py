@@ -15,12 +15,12 @@ recomputed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_sta
 def kept_in_bf16() -> saved_tensors_hooks:
     """Return a context in which float32 activations are kept for the backward in bf16: relative rounding of 2^-9.
 
-    Weights and inputs, which are there anyway, and other types are kept as they are.
+    Weights, which are there anyway, and other types are kept as they are.
     """
     rounded = WeakTensorKeyDictionary()  # several operations keep one tensor: it is rounded once
 
     def pack(tensor: Tensor) -> tuple[Tensor, bool]:
-        if tensor.dtype != torch.float32 or tensor.is_leaf:
+        if tensor.dtype != torch.float32 or (tensor.is_leaf and tensor.requires_grad):
             return tensor, False
         if tensor not in rounded:
             rounded[tensor] = tensor.bfloat16()

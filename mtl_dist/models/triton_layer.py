@@ -56,10 +56,11 @@ def can_run(
 
     `dtype` is autocast's where that is on, else the parameters'. The defaults ask about the device alone.
     """
-    return _layers_reason(channels, dtype) or _device_reason(device, dtype)
+    return layers_reason(channels, dtype) or _device_reason(device, dtype)
 
 
-def _layers_reason(channels: int, dtype: torch.dtype) -> str | None:
+def layers_reason(channels: int, dtype: torch.dtype) -> str | None:
+    """Return can_run's reason on any device, or None."""
     if channels > CHANNELS:
         return f"{channels} channels are more than {CHANNELS}"
     return None if dtype in SHARED else f"the precision is {dtype}"
@@ -182,7 +183,7 @@ def triton_layer(
     can_run gives a reason against the precision or the channels, eager computes the layer.
     """
     dtype = products_in(x_BCT)
-    reason = _layers_reason(x_BCT.shape[1], dtype)
+    reason = layers_reason(x_BCT.shape[1], dtype)
     if not isinstance(x_BCT, FakeTensor):  # those stand for a GPU's wherever they are
         reason = reason or _device_reason(x_BCT.device, dtype)
     if reason is not None:

@@ -62,12 +62,15 @@ class RegressionTask(LocalTask):
         """Smooth L1 (paper equation 1), its bend at 1; one term per frame."""
         return nn.functional.smooth_l1_loss(estimate, target, reduction="none")
 
-    def align(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (estimate, target), equally long, so that equal columns belong together."""
-        delay, samples = self.delay, targets.shape[-1]
-        if delay >= 0:
-            return outputs[..., delay:], targets[..., : max(0, samples - delay)]
-        return outputs[..., :delay], targets[..., -delay:]
+    def align(self, outputs: Tensor, targets: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+        """Return (estimate, target), equally long, so that equal columns belong together: that at t + delay and that at t.
+
+        Outputs (B, L) are those at first .. first + L - 1; what has no target is left out.
+        """
+        start = first - self.delay
+        missing = max(0, -start)
+        target = targets[..., start + missing : max(0, start + outputs.shape[-1])]
+        return outputs[..., missing : missing + target.shape[-1]], target
 
     def frames(self, batch: TaskBatch) -> Tensor:
         """Number of compared frames of each clip: int64 (B,)."""
@@ -86,13 +89,11 @@ class RegressionTask(LocalTask):
         return first, first + self.frames(batch)
 
     def terms(self, outputs: Tensor, batch: TaskBatch, first: int) -> Tensor:
-        """Loss of the outputs that have a target; that at t + delay is compared with the target at t."""
-        start = first - self.delay
-        missing = max(0, -start)
-        target = batch.targets[:, start + missing : start + outputs.shape[-1]]
-        estimate = outputs[:, missing : missing + target.shape[-1]]
+        """Loss of the outputs that have a target."""
+        estimate, target = self.align(outputs, batch.targets, first)
         _, stops = self.positions(batch)
-        time = first + missing + torch.arange(target.shape[-1], device=outputs.device)
+        begin = max(first, self.delay)
+        time = begin + torch.arange(target.shape[-1], device=outputs.device)
         mask = time < stops[:, None]
         return self.elementwise(wide(estimate), target).masked_fill(~mask, 0.0)
 
