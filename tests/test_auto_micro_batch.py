@@ -125,6 +125,21 @@ def test_not_even_one_clip_is_an_error_with_the_arithmetic_and_no_run_folder(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_budget_that_a_fixed_micro_batch_exceeds_is_refused(corpora_root, tmp_path):
+    words = tagging_words(corpora_root, tmp_path / "run", "--train.global_batch", str(BATCH))
+    error = refused(*words, "--memory.budget_gb", "0.0001")
+    assert re.search(r"budget_gb: 12 clips take \S+ GB on rank 0 .*, and 0.0001 GB are", error)
+    assert "use train.micro_batch auto" in error
+
+
+def test_slices_and_micro_batch_share_a_budget(corpora_root, tmp_path):
+    both = [*AUTO, "--memory.budget_gb", "0.002", "--memory.slice_seconds", "auto"]
+    ended = enter(*tiny.tiny_words(corpora_root, *both, "--run.dir", str(tmp_path / "run")))
+    assert ended.code == 0, ended.text
+    assert f"micro_batch {BATCH} (auto: " in ended.text
+    assert re.search(r"slices of \d+ samples", ended.text)
+
+
 def test_a_process_with_a_real_limit_trains_where_one_big_micro_batch_ends_it(
     corpora_root, tmp_path
 ):

@@ -6,7 +6,9 @@ import pickle
 import re
 
 import pytest
+import tiny
 import torch
+import worlds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -198,6 +200,15 @@ def test_a_kernel_that_cannot_run_falls_back_and_says_why(name, where, reason, m
         f"model.kernel: {name} cannot run here \\(.*{reason}.*\\); eager is used", chosen.warning
     )
     kernels._compiled_gated.cache_clear()
+
+
+def test_all_ranks_take_the_reference_where_one_of_them_must(corpora_root, tmp_path):
+    words = tiny.tiny_words(corpora_root, "--run.dir", str(tmp_path / "run"), "--train.rounds", "1")
+    done = worlds.launch("two_cpu_processes", "tests/workers/uneven_kernel.py", *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    warning = "model.kernel: cpu cannot run here (made up); eager is used (so on "
+    assert done.stderr.count(warning) == 1
+    assert "kernel eager, " in done.stderr
 
 
 def test_a_trial_finds_a_kernel_that_computes_something_else():

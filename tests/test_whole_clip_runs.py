@@ -49,7 +49,7 @@ def test_tagging_is_scored_on_whole_clips_and_on_the_single_crops_of_runs_with_c
         assert single == cropped.valid[-1] <= 1600
         assert torch.equal(batch.inputs[-1, :single], cropped.inputs[-1, :single])
         with torch.no_grad():
-            outputs = evaluation.forward(accelerator, model, "audio_tagging", batch)
+            outputs = evaluation.forward(accelerator, model, "audio_tagging", batch, 16)
             hidden = model.trunk(torch.from_numpy(everything[0].wave[None]))
             logits = model.heads.heads["audio_tagging"].layers(hidden.mean(dim=2))
         torch.testing.assert_close(outputs[:1], logits, rtol=1e-5, atol=1e-6)
@@ -92,7 +92,9 @@ def run(root, folder, *more: str, ranks: int = 1) -> dict[int, dict]:
     }
 
 
-def test_a_resumed_run_equals_one_without_a_break_and_one_of_two_processes(root, tmp_path):
+def test_a_resumed_run_equals_one_without_a_break_one_in_slices_and_one_of_two_processes(
+    root, tmp_path
+):
     wanted = run(root, tmp_path / "whole")
     assert list(wanted) == [1, 2, 3, 4]
     run(root, tmp_path / "parts", "--train.stop_after_rounds", "2")
@@ -102,6 +104,14 @@ def test_a_resumed_run_equals_one_without_a_break_and_one_of_two_processes(root,
         for name in ("parts", "whole")
     )
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    parts = (
+        ["--model.kernel", "eager", "--memory.recompute", "block"],
+        ["--memory.slice_seconds", "0.02"],
+    )
+    run(root, tmp_path / "changed", "--train.stop_after_rounds", "2", *parts[0])
+    changed = run(root, tmp_path / "changed", "--run.resume", "auto", *parts[1])
+    for number, numbers in wanted.items():
+        assert changed[number] == pytest.approx(numbers, rel=1e-4)
     found = run(root, tmp_path / "two", "--data.workers", "2", ranks=2)
     for number, numbers in wanted.items():
         assert found[number] == pytest.approx(numbers, rel=1e-4)

@@ -99,9 +99,9 @@ def test_micro_batches_are_sorted_and_end_with_their_longest_clip(experiment):
         ]
 
 
-def test_the_gradient_is_that_of_every_clip_alone_in_float64(experiment, truth, monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor)  # losses are in float32
-    model = experiment.build_model().double()
+@pytest.mark.parametrize("slices", ["null", "0.0007", "0.02"])
+def test_the_gradient_is_that_of_every_clip_alone_in_float64(experiment, truth, root, slices):
+    model = whole.build(root, "--memory.slice_seconds", slices).build_model().double()
     wanted = whole.true_gradients(model, experiment, {n: list(clips) for n, clips in truth.items()})
     for accumulation in (1, 2, 8):
         (round_,) = whole.rounds(experiment, 1, accumulation=accumulation)
@@ -132,11 +132,21 @@ def test_the_step_of_a_round_is_that_of_every_clip_alone(experiment, truth, sche
     assert_law(step, wanted)
 
 
+@pytest.mark.parametrize(
+    ("engine", "slices"),
+    [
+        ("", "null"),
+        ("fsdp2_", "0.02"),
+        pytest.param("zero3_", "null", marks=pytest.mark.deepspeed),
+        pytest.param("zero3_", "0.02", marks=pytest.mark.deepspeed),
+    ],
+)
 def test_two_processes_with_two_workers_have_the_gradient_of_every_clip_alone(
-    experiment, truth, root, tmp_path
+    experiment, truth, root, tmp_path, engine, slices
 ):
     script = "tests/workers/whole_clips_worker.py"
-    done = worlds.launch("two_cpu_processes", script, str(root), str(tmp_path))
+    words = [str(root), str(tmp_path), "--memory.slice_seconds", slices]
+    done = worlds.launch(f"{engine}two_cpu_processes", script, *words)
     assert done.returncode == 0, done.stderr[-3000:]
     ids = {name: list(clips) for name, clips in truth.items()}
     model = big_batch.build(experiment, big_batch.NAMES)

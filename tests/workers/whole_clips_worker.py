@@ -1,6 +1,6 @@
 """Two processes with two loader workers each: the gradient of a round of whole clips, as the step of SGD takes it.
 
-accelerate launch --config_file launch_configs/two_cpu_processes.yaml tests/workers/whole_clips_worker.py ROOT OUT
+accelerate launch --config_file launch_configs/two_cpu_processes.yaml tests/workers/whole_clips_worker.py ROOT OUT WORDS...
 """
 
 import sys
@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from mtl_dist.round import run_round
 from mtl_dist.runtime import leave, start, world_of
 
-root, out = map(Path, sys.argv[1:])
+root, out = map(Path, sys.argv[1:3])
 accelerator = start("launcher")
-experiment = whole.build(root)
+experiment = whole.build(root, *sys.argv[3:])
 found: dict[str, torch.Tensor] = {}
 for schedule in ("round_robin", "joint"):
     (round_,) = whole.rounds(experiment, 1, world_of(accelerator), workers=2, accumulation=2)
