@@ -22,10 +22,11 @@ from mtl_dist import footprint
 from mtl_dist.activations import Meter
 from mtl_dist.config import load_config
 from mtl_dist.planning import FSD_CLASSES, without_corpora
-from mtl_dist.tables import format_rows
 
 GIB = 2**30
-PLAIN = "--memory.recompute none --memory.storage full --memory.slice_seconds null"
+PLAIN = (
+    "--model.kernel eager --memory.recompute none --memory.storage full --memory.slice_seconds null"
+)
 VARIANTS = {
     "plain autograd": "",
     "plain, bf16 storage": "--memory.storage bf16",
@@ -62,17 +63,15 @@ def held(variant: str, clips: int, seconds: float) -> int:
     return int(meter.micro_step("round_robin", clips)) + sum(state.values())
 
 
-def largest(fits: Callable[[int], bool], most: int) -> int:
-    """Return the largest number from 0 to `most` that fits, if all smaller ones do, too."""
-    low, high = 0, 1
-    while high < most and fits(high):
-        low, high = high, min(2 * high, most)
-    if high == most and fits(most):
-        return most
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+def largest(held: Callable[[int], int], room: float, most: int) -> int:
+    """Return the largest number from 0 to `most` that fits; what is held grows with it, nearly in a straight line."""
+    one, two = held(1), held(2)
+    found = most if two == one else max(0, min(most, 1 + int((room - one) / (two - one))))
+    while found < most and held(found + 1) <= room:
+        found += 1
+    while found > 0 and held(found) > room:
+        found -= 1
+    return found
 
 
 def real_peak(variant: str, clips: int) -> int:
@@ -112,13 +111,13 @@ def resident(field: str) -> int:
 def row_of(variant: str, gib: float, check_gib: float | None) -> list[str]:
     """Return a variant's row of the table."""
     room = gib * GIB
-    clips = largest(lambda n: held(variant, n, SECONDS) <= room, MOST_CLIPS)
-    tenths = largest(lambda n: held(variant, CLIPS, n / 10) <= room, MOST_TENTHS)
+    clips = largest(lambda n: held(variant, n, SECONDS), room, MOST_CLIPS)
+    tenths = largest(lambda n: held(variant, CLIPS, n / 10), room, MOST_TENTHS)
     per_clip = held(variant, 2, SECONDS) - held(variant, 1, SECONDS)
     row = [variant, f"{per_clip / 1e6:,.0f}", or_more(clips, MOST_CLIPS)]
     row.append(or_more(tenths / 10, MOST_TENTHS / 10))
     if check_gib is not None:
-        few = largest(lambda n: held(variant, n, SECONDS) <= check_gib * GIB, CLIPS)
+        few = largest(lambda n: held(variant, n, SECONDS), check_gib * GIB, CLIPS)
         said, real = held(variant, few, SECONDS), real_peak(variant, few)
         row += [str(few), f"{said / GIB:.2f}", f"{real / GIB:.2f}"]
     return row
@@ -145,8 +144,9 @@ def main() -> None:
     head.append(f"seconds at a batch of {CLIPS}")
     if options.check_gib:
         head += [f"clips in {options.check_gib:g} GiB", "followed, GiB", "resident, GiB"]
-    rows = [row_of(variant, options.gib, options.check_gib) for variant in options.only]
-    print(format_rows([head, *rows]))
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for variant in options.only:
+        print(f"| {' | '.join(row_of(variant, options.gib, options.check_gib))} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import big_batch
 import crossing
 import pytest
 import tiny
+import torch
 import worlds
 from safetensors.torch import load_file
 from test_round import LAW, SCHEDULES, clipped
@@ -64,10 +65,9 @@ def test_the_engine_in_force_is_the_one_asked_for(ran):
     assert [outcome(out, rank)["names"] for rank in (0, 1)] == [[name], [name]]
 
 
-def test_every_subset_schedule_and_accumulation_has_the_gradient_of_one_big_batch(ran, experiment):
-    _, out = ran
-    found, reports = load_file(out / "gradients.safetensors"), outcome(out)["reports"]
-    for subset in big_batch.SUBSETS:
+def check_law(subsets, experiment, found: dict[str, torch.Tensor], reports: dict) -> None:
+    """Every subset's gradients and losses, by schedule and accumulation, are those of one big batch."""
+    for subset in subsets:
         truth, means = big_batch.true_gradients(big_batch.build(experiment, subset), subset)
         for schedule, accumulation in itertools.product(SCHEDULES, big_batch.accumulations(subset)):
             key = f"{'+'.join(subset)}/{schedule}/{accumulation}/None"
@@ -75,22 +75,21 @@ def test_every_subset_schedule_and_accumulation_has_the_gradient_of_one_big_batc
             assert big_batch.worst_error(gradients, truth) < LAW, key
             losses = {name: reports[key][name] for name in subset}
             assert losses == pytest.approx(means, rel=1e-5)
+
+
+def test_every_subset_schedule_and_accumulation_has_the_gradient_of_one_big_batch(ran, experiment):
+    _, out = ran
+    found, reports = load_file(out / "gradients.safetensors"), outcome(out)["reports"]
+    check_law(big_batch.SUBSETS, experiment, found, reports)
 
 
 def test_slices_of_time_have_the_gradient_of_one_big_batch(ran, corpora_root):
     _, out = ran
     words = tiny.tiny_words(corpora_root, *big_batch.weight_words(), *big_batch.slice_words())
-    experiment = build_experiment(load_config(words))
     found = load_file(out / "slices.safetensors")
     reports = json.loads((out / "slices_0.json").read_text())
-    for subset in (big_batch.NAMES, big_batch.NAMES[:1]):
-        truth, means = big_batch.true_gradients(big_batch.build(experiment, subset), subset)
-        for schedule, accumulation in itertools.product(SCHEDULES, big_batch.accumulations(subset)):
-            key = f"{'+'.join(subset)}/{schedule}/{accumulation}/None"
-            gradients = {name: found[f"{key}/{name}"] for name in truth}
-            assert big_batch.worst_error(gradients, truth) < LAW, key
-            losses = {name: reports[key][name] for name in subset}
-            assert losses == pytest.approx(means, rel=1e-5)
+    subsets = (big_batch.NAMES, big_batch.NAMES[:1])
+    check_law(subsets, build_experiment(load_config(words)), found, reports)
 
 
 def test_clipping_is_by_the_global_norm(ran, experiment):
