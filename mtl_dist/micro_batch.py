@@ -90,13 +90,16 @@ def case_here(accelerator: Accelerator, experiment: Experiment, main_clips: int)
 
 
 def engine_here(accelerator: Accelerator) -> str:
-    """Return the engine that the launch file asks for, as footprint.ENGINES calls it."""
-    asked = engine_asked_for()
-    return (
-        f"zero{accelerator.state.deepspeed_plugin.zero_stage}"
-        if asked == "DeepSpeed"
-        else asked.lower()
-    )
+    """Return the engine that the launch file asks for, as footprint.ENGINES calls it. Raises ConfigError for others."""
+    engine = engine_asked_for().lower()
+    if engine == "deepspeed":
+        engine = f"zero{accelerator.state.deepspeed_plugin.zero_stage}"
+    if engine not in footprint.ENGINES:
+        raise ConfigError(
+            f"train.micro_batch auto and memory.budget_gb: what {engine} holds is not known; use "
+            f"{', '.join(footprint.ENGINES)}, or a number and no budget"
+        )
+    return engine
 
 
 def find(case: Case, rank: int) -> tuple[int, str]:

@@ -20,7 +20,8 @@ from torch import distributed
 
 log = logging.getLogger("mtl_dist")
 
-
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""What products are computed in under a mixed precision."""
 LET_GO_SECONDS = 0.1
 """How long gloo's threads get to drop what the last collective held; microseconds are enough."""
 
@@ -89,10 +90,6 @@ def engine_asked_for() -> str:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         return "DeepSpeed"
     return "FSDP2" if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" else "DDP"
-
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""What products are computed in under a mixed precision."""
 
 
 def precision_asked_for(mixed_precision: str) -> str:
