@@ -57,7 +57,9 @@ def main() -> None:
     experiment = build_experiment(config)
     plan = plan_together(accelerator, experiment, Phases())
     trainer = Trainer(experiment, plan, accelerator, folder, StopRequest())
-    rounds = itertools.cycle(list(itertools.islice(iter(trainer._loader()), 4)))
+    loader = trainer._rounds()
+    rounds = itertools.cycle([next(loader) for _ in range(4)])
+    loader.close()
     model = trainer.experiment.build_model()
     optimizer = make_optimizer(model, config.optim, trainer.rates)
 

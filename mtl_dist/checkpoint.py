@@ -29,10 +29,11 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclasses.dataclass(kw_only=True)
 class TrainState:
-    """Where a run stands after `round` rounds. `positions`: {task: clips consumed by all ranks together}."""
+    """Where a run stands after `round` rounds."""
 
     round: int = 0
-    positions: dict[str, int] = dataclasses.field(default_factory=dict)
+    positions: dict[str, list[list[int]]] = dataclasses.field(default_factory=dict)
+    """{stream: (epoch, turn, piece, row) of each lane's next clip}: data/lanes.py."""
     best: float | None = None
     best_round: int = 0
     validations_since_best: int = 0
@@ -41,13 +42,11 @@ class TrainState:
     nonfinite_in_a_row: int = 0
     scaler: dict | None = None
     tables: dict[str, str] = dataclasses.field(default_factory=dict)
-    """{corpus: fingerprint of its training clips}: positions mean nothing in other tables."""
+    """{corpus: file: what tells it from another state of it}: positions mean nothing in other data."""
 
-    def advance(self, global_batch: int, clips: int, bad: int, skipped: bool) -> None:
+    def advance(self, clips: int, bad: int, skipped: bool) -> None:
         """Count a round: clips of all tasks and ranks, bad ones among them, whether it was not finite."""
         self.round += 1
-        for task in self.positions:
-            self.positions[task] += global_batch
         self.clips += clips
         self.bad_clips += bad
         self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if skipped else 0

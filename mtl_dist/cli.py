@@ -3,7 +3,7 @@
     mtl-dist evaluate runs/demo --split test        one process; with several: accelerate launch -m mtl_dist.cli evaluate ...
     mtl-dist plan --config demo --nodes 1 --gpus-per-node 2                                                    (planning.py)
     mtl-dist doctor --config demo                                                                              (doctor.py)
-    mtl-dist prepare librispeech data/LibriSpeech prepared/librispeech                                       (prepare.py)
+    mtl-dist prepare librispeech data/LibriSpeech prepared/librispeech                                  (data/prepare.py)
 
 Tested by tests/test_cli.py.
 """
@@ -19,16 +19,16 @@ from safetensors import SafetensorError
 
 from mtl_dist import checkpoint, pictures
 from mtl_dist.config import ConfigError, load_config
-from mtl_dist.corpora.base import SPLITS
+from mtl_dist.data.faults import DataError, exit_with
+from mtl_dist.data.prepare import add_prepare
+from mtl_dist.data.sources import SPLITS
 from mtl_dist.doctor import add_doctor
 from mtl_dist.evaluation import Evaluation, evaluate
 from mtl_dist.experiment import Experiment, build_together
 from mtl_dist.phases import Phases
 from mtl_dist.planning import add_plan
-from mtl_dist.prepare import add_prepare
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.runtime import LaunchError, leave, start
-from mtl_dist.streams.retry import ShardError
 from mtl_dist.tables import format_rows, per_class_rows, results_table
 
 
@@ -151,8 +151,8 @@ def main(words: list[str] | None = None) -> None:
     options, overrides = parser.parse_known_args(words)
     try:
         options.act(options, overrides)
-    except (ConfigError, LaunchError, ShardError, ValueError, OSError, SafetensorError) as error:
-        sys.exit(f"error: {error}")
+    except (ConfigError, LaunchError, DataError, ValueError, OSError, SafetensorError) as error:
+        exit_with(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from typing import get_args, get_type_hints
 import jsonargparse
 import yaml
 
-from mtl_dist.corpora import CORPORA
+from mtl_dist.data.corpora import CORPORA
+from mtl_dist.data.faults import RemoteConfig
 from mtl_dist.preparse import (
     DEFAULT_RECIPE,
     ConfigError,
@@ -41,6 +42,7 @@ SECTIONS = {
     "memory": MemoryConfig,
     "optim": OptimConfig,
     "data": DataConfig,
+    "remote": RemoteConfig,
     "evaluation": EvaluationConfig,
 }
 FREE_TO_CHANGE = {
@@ -68,7 +70,7 @@ FREE_TO_CHANGE = {
 }
 """Fields that may differ when a run goes on: they do not change what is learned from a given round."""
 
-PLACES = re.compile(r"corpora\.\w+\.(root|manifest|sources|remote\..*)|memory\.\w+")
+PLACES = re.compile(r"corpora\.\w+\.(root|manifest|sources)|remote\.\w+|memory\.\w+")
 """Fields that say where a corpus lies and how it is fetched: it may have moved. And where memory ends."""
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -84,6 +86,7 @@ class Config:
     memory: MemoryConfig
     optim: OptimConfig
     data: DataConfig
+    remote: RemoteConfig
     evaluation: EvaluationConfig
     corpora: dict[str, object]
     tasks: dict[str, TaskConfig]
@@ -97,6 +100,10 @@ class Config:
         """Return the corpora of the trained tasks, each once: their sources and their noise."""
         heard = [self.tasks[task].corpora() for task in self.train.tasks]
         return list(dict.fromkeys(corpus for task in heard for _, corpus in task))
+
+    def patience(self) -> float:
+        """Return how many seconds a read of data may take before the run ends."""
+        return self.remote.patience_seconds or self.run.timeout_seconds / 2
 
     def hyper_parameters(self) -> dict[str, object]:
         """Return `flat` without the tasks and corpora that this run does not use."""
@@ -206,6 +213,14 @@ def _check_together(config: Config) -> None:
                     f"tasks.{name}.{field}: unknown corpus {corpus!r}{_nearest(corpus, config.corpora)} "
                     f"(known: {', '.join(config.corpora)})"
                 )
+    patience, timeout = config.remote.patience_seconds, config.run.timeout_seconds
+    if (
+        patience is not None and patience >= timeout
+    ):  # the rank that waits says so before others give up
+        raise ConfigError(
+            f"remote.patience_seconds: {patience:g} is not allowed beside run.timeout_seconds {timeout:g}, after which the "
+            "other ranks end the run; lower the former or raise the latter"
+        )
     main = config.train.main_task
     if main not in config.train.tasks:
         raise ConfigError(

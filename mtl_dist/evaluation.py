@@ -2,21 +2,22 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from accelerate import Accelerator
 
+from mtl_dist.audio.clips import Background, Row
 from mtl_dist.audio.reading import BadClipError
+from mtl_dist.data.batches import keyed_generators
+from mtl_dist.data.faults import DataError
+from mtl_dist.data.lanes import Lane
+from mtl_dist.data.loader import read_bounded
 from mtl_dist.experiment import Experiment
 from mtl_dist.metrics import Sums
 from mtl_dist.phases import Phases
 from mtl_dist.round import fail_together
-from mtl_dist.runtime import collect
-from mtl_dist.streams.batches import keyed_generators
-from mtl_dist.streams.keys import generator
-from mtl_dist.streams.retry import ShardError
-from mtl_dist.streams.table import Table
+from mtl_dist.runtime import World, collect, world_of
 from mtl_dist.tasks.base import Task, TaskBatch
 
 log = logging.getLogger("mtl_dist")
@@ -61,19 +62,40 @@ def too_many_bad(names: list[str], bad: int, clips: int, share: float) -> str | 
     )
 
 
-def fixed_rows(table: Table, limit: int | None, split_seed: int) -> list[int]:
-    """Return the row numbers to evaluate: all, or `limit` drawn once and for all by data.split_seed."""
-    rows = generator(split_seed, "evaluation").permutation(len(table)).tolist()
-    return rows[:limit]
+def evaluation_rows(
+    experiment: Experiment, task: str, split: str, limit: int | None, world: World
+) -> Iterator[Row]:
+    """Yield a rank's rows of a split, always the same for all ranks together: all, or `limit` of them, if there are any.
+
+    Blocks come in an order by data.split_seed, and beside each a lane of noise. Without a limit a rank reads its own blocks;
+    with one, all ranks read those of the first `limit` rows, and each takes its own of them.
+    """
+    source = experiment.tasks[task].config.sources[0]
+    if not experiment.corpora[source].parts[split]:
+        return
+    blocks, noise = experiment.evaluation_blocks(task, split)
+    seed, rate = experiment.config.data.split_seed, experiment.reader.rate
+    order, found = blocks.order(seed, "evaluation").tolist(), 0
+    for place, block in enumerate(order):
+        if limit is None and place % world.size != world.rank:
+            continue
+        beside = {
+            corpus: Lane(recordings, len(blocks), place, (seed, "evaluation", corpus))
+            for corpus, recordings in noise.items()
+        }
+        for piece in blocks.pieces(block):
+            for _, row in blocks.rows(block, piece, (seed, "evaluation")):
+                recordings = {corpus: next(lane)[1] for corpus, lane in beside.items()}
+                if limit is None or found % world.size == world.rank:
+                    row.backgrounds = {c: Background(r, rate) for c, r in recordings.items()}
+                    yield row
+                found += 1
+                if found == limit:
+                    return
 
 
 def evaluation_batches(
-    experiment: Experiment,
-    task: Task,
-    table: Table,
-    rows: list[int],
-    bad: list[str],
-    crops: int = 1,
+    experiment: Experiment, task: Task, rows: Iterable[Row], bad: list[str], crops: int = 1
 ) -> Iterator[list[TaskBatch]]:
     """Yield each readable row's batches, with draws that never change; note the others in `bad`.
 
@@ -82,15 +104,21 @@ def evaluation_batches(
     seed = experiment.config.data.split_seed
     draws = [f"evaluation {n}" if n else "evaluation" for n in range(crops)]
     keyed = [keyed_generators(seed, task.name, d) for d in draws[: crops if task.by_crops else 1]]
-    read = table.reader(held=1)
-    for row in map(read, rows):
+    for row in rows:
         try:
-            yield [
-                task.prepare(task.evaluation_clips(row, experiment.reader, key), key)
-                for key in keyed
-            ]
+            batches = read_bounded(
+                lambda row=row: [
+                    task.prepare(task.evaluation_clips(row, experiment.reader, key), key)
+                    for key in keyed
+                ],
+                [row, *(background.row for background in row.backgrounds.values())],
+                experiment.rank,
+                experiment.config.patience(),
+            )
         except BadClipError as error:
             bad.append(str(error))
+        else:
+            yield batches
 
 
 def forward(
@@ -117,31 +145,24 @@ def evaluate(
     """Evaluate an unwrapped model on every task's clips of a split; all ranks call it and get the same result.
 
     Raises:
-        ShardError: on all ranks, where one of them cannot read a shard.
+        DataError: on all ranks, where one of them cannot read a shard.
     """
     phases = phases or Phases()
-    limit, seed = experiment.config.evaluation.max_clips, experiment.config.data.split_seed
+    limit = experiment.config.evaluation.max_clips
     model.eval()
     result = Evaluation(metrics={}, clips={}, bad=[])
     for name, task in experiment.tasks.items():
         phases.enter(split)
-        table = experiment.evaluation_table(name, split)
-        rows = fixed_rows(table, limit, seed)[
-            accelerator.process_index :: accelerator.num_processes
-        ]
-        block = table.rows["block"][:]
-        rows.sort(
-            key=block.__getitem__
-        )  # each is read once; clips with files of their own stay where they are
         sums, bad, done, failure = Sums(), [], 0, None
         crops = experiment.config.evaluation.crops
         try:
-            for batches in evaluation_batches(experiment, task, table, rows, bad, crops):
+            rows = evaluation_rows(experiment, name, split, limit, world_of(accelerator))
+            for batches in evaluation_batches(experiment, task, rows, bad, crops):
                 for batch in batches:
                     outputs = forward(accelerator, model, name, batch, experiment.clips_per_forward)
                     sums.add(task.metrics(outputs, batch.to(accelerator.device)))
                 done += 1
-        except ShardError as error:
+        except DataError as error:
             failure = str(error)
         phases.enter("collective")
         fail_together(accelerator, failure)
@@ -164,9 +185,10 @@ def examples(accelerator: Accelerator, model, experiment: Experiment, split: str
     model.eval()
     try:
         for name, task in experiment.tasks.items():
-            table = experiment.evaluation_table(name, split)
-            rows = fixed_rows(table, number, experiment.config.data.split_seed)
-            for place, (batch,) in enumerate(evaluation_batches(experiment, task, table, rows, [])):
+            if not number:
+                continue
+            rows = evaluation_rows(experiment, name, split, number, World())
+            for place, (batch,) in enumerate(evaluation_batches(experiment, task, rows, [])):
                 outputs = forward(accelerator, model, name, batch, experiment.clips_per_forward)
                 waves = task.showcase(outputs, batch.to(accelerator.device))
                 if waves:

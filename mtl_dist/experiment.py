@@ -1,14 +1,14 @@
-"""From a configuration to the things it names: corpora, tasks, tables of clips, reader, model."""
+"""From a configuration to the things it names: corpora, tasks, streams of clips, reader, model."""
 
 import dataclasses
-import hashlib
+import itertools
 import logging
 import math
+import pickle
 import sys
 from collections.abc import Mapping
 from platform import node
 
-import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -16,16 +16,17 @@ from accelerate.utils import broadcast_object_list
 from mtl_dist.audio.clips import ClipReader
 from mtl_dist.blueprint import Blueprint
 from mtl_dist.config import Config, ConfigError
-from mtl_dist.corpora import Corpus
-from mtl_dist.corpora.base import SPLITS
+from mtl_dist.data.corpora.corpus import Corpus
+from mtl_dist.data.corpora.synthetic import SYNTHETIC, synthesise
+from mtl_dist.data.faults import call_with_timeout, reason
+from mtl_dist.data.lanes import Blocks, Part
+from mtl_dist.data.loader import ClipStream, Positions, RoundStream, check_lanes
+from mtl_dist.data.sources import SPLITS
 from mtl_dist.models.kernels import REFERENCE
 from mtl_dist.models.multitask import MultitaskModel
 from mtl_dist.models.wavenet import receptive_field
 from mtl_dist.phases import Phases
 from mtl_dist.runtime import World, collect, precision_asked_for
-from mtl_dist.streams.rounds import RoundStream
-from mtl_dist.streams.shards import Shards
-from mtl_dist.streams.table import Table
 from mtl_dist.tasks import TASKS, Task, TaskContext
 
 log = logging.getLogger("mtl_dist")
@@ -42,30 +43,72 @@ class Experiment:
     blueprint: Blueprint
     clips_per_forward: int = 16
     """Windows of one row that are evaluated together; no more than clips fit in training."""
+    rank: int = 0
+    """Of the process, for messages."""
 
-    def table(self, task: str) -> Table:
-        """Return the training rows of all sources of a task."""
-        sources = [self.corpora[name].splits["train"] for name in self.tasks[task].config.sources]
-        rows = datasets.concatenate_datasets(sources) if len(sources) > 1 else sources[0]
+    def streams(self) -> list[ClipStream]:
+        """Return what the tasks hear in training: one stream for each set of sources.
+
+        Raises:
+            ValueError: there are no clips, or a source gets no lane.
+        """
+        by_sources: dict[tuple[str, ...], list[str]] = {}
+        for name, task in self.tasks.items():
+            by_sources.setdefault(tuple(task.config.sources), []).append(name)
         weights = {n: c.weights for n, c in self.corpora.items() if c.weights is not None}
-        return Table(rows, self.shards(), weights)
+        return [
+            ClipStream(
+                names,
+                sources,
+                [part for corpus in sources for part in self.corpora[corpus].parts["train"]],
+                self._noise(names, "train"),
+                lanes=self.config.data.lanes or self.config.train.global_batch,
+                weights={corpus: weights[corpus] for corpus in sources if corpus in weights},
+                rank=self.rank,
+                patience_seconds=self.config.patience(),
+            )
+            for sources, names in by_sources.items()
+        ]
 
-    def evaluation_table(self, task: str, split: str) -> Table:
-        """Return the rows of a split that a task is evaluated on: those of its first source."""
+    def _noise(self, tasks: list[str], split: str) -> dict[str, list[Part]]:
+        heard = dict.fromkeys(c for n in tasks for c in self.tasks[n].config.backgrounds())
+        return {corpus: self.corpora[corpus].noise(split) for corpus in heard}
+
+    def lane_bytes(self, ranks: int) -> int:
+        """Return about how many bytes the blocks take that the lanes of a rank hold in memory, noise included."""
+        each = 0
+        for stream in self.streams():
+            for blocks, count in (
+                *stream.groups,
+                *((b, stream.lanes) for b in stream.noise.values()),
+            ):
+                each += count * max(part.block_bytes for part in blocks.parts)
+        return each // ranks
+
+    def clips(self, task: str) -> int:
+        """Return how many training clips a task has, or about how many: an epoch."""
+        sources = self.tasks[task].config.sources
+        return sum(self.corpora[name].clips("train") for name in sources)
+
+    def evaluation_blocks(self, task: str, split: str) -> tuple[Blocks, dict[str, Blocks]]:
+        """Return what a task is evaluated on: a split of its first source, and noise by corpus.
+
+        Raises:
+            ValueError: there are no clips.
+        """
         source = self.corpora[self.tasks[task].config.sources[0]]
-        return Table(source.splits[split], self.shards())
-
-    def shards(self) -> dict[str, Shards]:
-        """Return where the blocks of the corpora lie that are not files of their own."""
-        return {n: corpus.shards for n, corpus in self.corpora.items() if corpus.shards is not None}
+        common = self.rank, self.config.patience()
+        noise = self._noise([task], split)
+        beside = {corpus: Blocks(parts, *common) for corpus, parts in noise.items()}
+        return Blocks(source.parts[split], *common), beside
 
     def rounds(
-        self, world: World, accumulation: int, first_round: int, positions: dict[str, int]
+        self, world: World, accumulation: int, first_round: int, positions: Positions
     ) -> RoundStream:
-        """Return a rank's rounds after `first_round`; {task: clips consumed before, by all ranks}."""
+        """Return a rank's rounds after `first_round`; `positions` are those of all lanes then."""
         return RoundStream(
             tasks=self.tasks,
-            tables={name: self.table(name) for name in self.tasks},
+            streams=self.streams(),
             reader=self.reader,
             seed=self.config.run.seed,
             world=world,
@@ -86,21 +129,22 @@ def build_experiment(
     device: torch.device | None = None,
     precision: str = "no",
 ) -> Experiment:
-    """List the corpora that the trained tasks hear, but for those that are `known`, and build the tasks.
+    """Find the corpora that the trained tasks hear, but for those that are `known`, and build the tasks.
 
     Raises:
         ConfigError: a corpus or task cannot be built as configured; the message names the field, file or row.
     """
     known = known or {}
+    config.remote.apply()
     try:
+        for corpus in known.values():
+            corpus.check_seen()
         corpora = {
-            name: known.get(name) or config.corpora[name].load(name, config.data.split_seed)
-            for name in config.corpora_heard()
+            name: known.get(name) or open_corpus(config, name) for name in config.corpora_heard()
         }
         _check_missing(corpora, config.data.max_bad_share)
-        _check_patience(corpora, config.run.timeout_seconds)
         context = TaskContext(
-            corpora=corpora,
+            classes={name: corpus.classes for name, corpus in corpora.items()},
             rate=config.data.sample_rate,
             crop_samples=round(config.data.crop_seconds * config.data.sample_rate),
             receptive_field=receptive_field(config.model.blocks, config.model.layers),
@@ -113,8 +157,9 @@ def build_experiment(
         silence_db=config.data.silence_db,
         peak=config.data.normalise == "peak",
         spans={
-            name: torch.zeros(corpus.clips, dtype=torch.int64).share_memory_().numpy()
+            name: torch.zeros(corpus.listed, dtype=torch.int64).share_memory_().numpy()
             for name, corpus in corpora.items()
+            if corpus.listed
         },
     )
     blueprint = Blueprint(config, tasks, device, precision)
@@ -122,22 +167,36 @@ def build_experiment(
         config=config, corpora=corpora, tasks=tasks, reader=reader, blueprint=blueprint
     )
     for name in tasks:
-        table = experiment.table(name)
-        if not len(table):
+        if not experiment.clips(name):
             raise ConfigError(
                 f"tasks.{name}.sources: {tasks[name].config.sources} hold no training clips"
             )
-        try:
-            table.dealt(config.train.global_batch)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+    try:
+        experiment.streams()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     return experiment
 
 
-def build_together(accelerator: Accelerator, config: Config, phases: Phases) -> Experiment:
-    """Build the experiment on rank 0, on the first process of every other node, and on the rest.
+def open_corpus(config: Config, name: str) -> Corpus:
+    """Open a corpus within remote.patience_seconds. Raises ValueError with what is wrong with it."""
+    patience, kind = config.patience(), config.corpora[name]
+    try:
+        what = f"corpus {name}: opening"
+        found = call_with_timeout(lambda: kind.open(name, config.data.split_seed), patience, what)
+        for part in itertools.chain(*found.parts.values()):
+            pickle.loads(pickle.dumps(part.files.known))  # for this thread
+        return found
+    except ValueError as error:
+        raise ValueError(reason(error).removeprefix("ValueError: ")) from error
+    except Exception as error:  # whatever file systems, transports and formats raise
+        raise ValueError(f"corpora.{name}: {reason(error)}") from error
 
-    The first of a node may have to make corpora. What lies in shards is listed by rank 0 alone, which tells the others.
+
+def build_together(accelerator: Accelerator, config: Config, phases: Phases) -> Experiment:
+    """Build the experiment on rank 0, which sends the others what it has found of the corpora, and then on those.
+
+    Corpora that are made on the spot are made by the first process of each node.
     """
     experiment, problem = None, []
     precision = precision_asked_for(config.train.mixed_precision)
@@ -146,20 +205,32 @@ def build_together(accelerator: Accelerator, config: Config, phases: Phases) -> 
     for turn in range(3):
         if place == turn:
             try:
+                if turn == 1 and synthetic_wanted(config):
+                    synthesise()
                 experiment = build_experiment(config, known[0], accelerator.device, precision)
             except ConfigError as error:
                 problem = [str(error) if accelerator.is_main_process else f"on {node()}: {error}"]
         raise_together(accelerator, problem, phases)
         if turn == 0 and accelerator.num_processes > 1:
             corpora = experiment.corpora if experiment else {}
-            known = [{n: c for n, c in corpora.items() if c.shards is not None}]
+            known = [{n: c for n, c in corpora.items() if c.sendable}]
             phases.enter("collective")
             broadcast_object_list(known)
             phases.enter("start")
     agree_on_kernel(accelerator, experiment.blueprint, phases)
-    for corpus in experiment.shards().values():
-        corpus.rank = accelerator.process_index
+    experiment.rank = accelerator.process_index
     return experiment
+
+
+def synthetic_wanted(config: Config) -> bool:
+    """Return whether a corpus that is heard is made on the spot."""
+    heard = [config.corpora[name] for name in config.corpora_heard()]
+    paths = [path for c in heard for path in (vars(c).get("root"), *_paths(c))]
+    return SYNTHETIC in paths
+
+
+def _paths(corpus) -> list[str]:
+    return [source.path for source in vars(corpus).get("sources", [])]
 
 
 def agree_on_kernel(accelerator: Accelerator, blueprint: Blueprint, phases: Phases) -> None:
@@ -189,36 +260,12 @@ def _check_missing(corpora: dict[str, Corpus], max_bad_share: float) -> None:
     splits_of = {"train": ("train", "validation"), "test": ("test",), "any": SPLITS}
     for corpus in corpora.values():
         for part, paths in corpus.missing.items():
-            total = sum(len(corpus.splits[split]) for split in splits_of[part]) + len(paths)
+            total = sum(corpus.clips(split) for split in splits_of[part]) + len(paths)
             if len(paths) > max_bad_share * total:
                 raise ValueError(
                     f"corpora.{corpus.name}: {len(paths)} of {total} listed files are missing, such as {paths[0]}; "
                     f"complete the corpus, or allow a larger data.max_bad_share (now {max_bad_share})"
                 )
-
-
-def _check_patience(corpora: dict[str, Corpus], timeout: float) -> None:
-    """Let what hangs be named by the rank that waits for it, before the others' collective is over."""
-    for corpus in corpora.values():
-        if corpus.shards is not None:
-            remote = corpus.shards.remote
-            longest = remote.patience_seconds + 2 * remote.timeout_seconds
-            if longest >= timeout:
-                raise ValueError(
-                    f"corpora.{corpus.name}.remote: a fault is borne for {longest:g} s (patience_seconds "
-                    f"{remote.patience_seconds:g} and twice timeout_seconds {remote.timeout_seconds:g}), but after "
-                    f"run.timeout_seconds {timeout:g} the other ranks end the run; lower the former or raise the latter"
-                )
-
-
-def fingerprint(table: datasets.Dataset) -> str:
-    """Return a digest of a table's clips and labels, in order; not of their samples."""
-    digest = hashlib.blake2b(digest_size=16)
-    for clip, label in zip(
-        table["id"][:], table["label"][:], strict=True
-    ):  # whole columns: 50 times faster
-        digest.update(f"{clip}\x1f{label}\x1e".encode())
-    return digest.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -234,7 +281,7 @@ class Plan:
 def plan_rounds(config: Config, main_clips: int, ranks: int, auto: int | None = None) -> Plan:
     """Work out the rounds. `auto` is what a micro_batch of auto was found to be; until then it is the most there can be.
 
-    Raises ConfigError where ranks x micro_batch x accumulation cannot give global_batch.
+    Raises ConfigError where ranks x micro_batch x accumulation cannot give global_batch, or lanes and ranks do not agree.
     """
     batch, asked = config.train.global_batch, config.train.micro_batch
     micro = asked if isinstance(asked, int) else auto or batch // ranks
@@ -250,6 +297,10 @@ def plan_rounds(config: Config, main_clips: int, ranks: int, auto: int | None = 
             f"train.global_batch: {batch} = {ranks} ranks x micro_batch {micro} x accumulation {accumulation:g} does not "
             f"come out whole; use {remedy}"
         )
+    try:
+        check_lanes(config.data.lanes or batch, batch, ranks)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     per_epoch = main_clips / batch
     rounds = config.train.rounds or max(1, math.ceil(config.train.epochs * per_epoch))
     return Plan(

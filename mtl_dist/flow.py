@@ -5,8 +5,8 @@ Tested by tests/test_monitor.py.
 
 import dataclasses
 
+from mtl_dist.data.batches import Read
 from mtl_dist.round import RoundReport
-from mtl_dist.streams.batches import Read
 
 
 @dataclasses.dataclass(kw_only=True)

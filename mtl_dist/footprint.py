@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from mtl_dist.audio.clips import Clip
+from mtl_dist.data.batches import keyed_generators
+from mtl_dist.data.loader import PARTS_AHEAD
 from mtl_dist.models.multitask import MultitaskModel
-from mtl_dist.streams.batches import keyed_generators
-from mtl_dist.streams.rounds import PARTS_AHEAD
 from mtl_dist.tasks.base import Task, TaskBatch
 
 ZERO3_LIVE_PARAMETERS = 10**9
@@ -184,6 +184,9 @@ def loader_shared_memory(bytes_of_round: int, workers: int) -> int:
     return (PARTS_AHEAD + 1) * bytes_of_round if workers else 0
 
 
-def loader_worker(clips: int, bytes_of_round: int, workers: int) -> int:
-    """Return the bytes a worker holds: blocks and order of all clips (streams/order.py), parts of the rounds ahead."""
-    return 16 * clips + (PARTS_AHEAD * bytes_of_round // workers if workers else bytes_of_round)
+def loader_worker(lane_bytes: int, bytes_of_round: int, workers: int) -> int:
+    """Return the bytes a worker holds: its share of the blocks of the rank's lanes, and of the rounds ahead."""
+    each = max(1, workers)
+    return lane_bytes // each + (
+        PARTS_AHEAD * bytes_of_round // each if workers else bytes_of_round
+    )

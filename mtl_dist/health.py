@@ -19,13 +19,13 @@ from packaging.specifiers import SpecifierSet
 
 from mtl_dist import activations, footprint
 from mtl_dist.audio.clips import ClipReader
-from mtl_dist.audio.reading import BadClipError
+from mtl_dist.audio.reading import BadClipError, FarFileError
 from mtl_dist.config import Config
-from mtl_dist.experiment import Experiment
+from mtl_dist.data.faults import DataError
+from mtl_dist.data.keys import generator
+from mtl_dist.data.lanes import Blocks, Lane
+from mtl_dist.experiment import Experiment, open_corpus
 from mtl_dist.feasibility import size_text
-from mtl_dist.streams.keys import generator
-from mtl_dist.streams.retry import ShardError
-from mtl_dist.streams.table import Table
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 SHARED_MEMORY = Path("/dev/shm")
@@ -131,20 +131,21 @@ def open_files(config: Config) -> Finding:
 
 def data(config: Config) -> Iterator[Finding]:
     """List every corpus that the run hears, and decode a crop of one file of each."""
+    config.remote.apply()
     reader = ClipReader(rate=config.data.sample_rate, silence_db=config.data.silence_db)
     for name in config.corpora_heard():
         check = f"data: {name}"
         try:
-            corpus = config.corpora[name].load(name, config.data.split_seed)
-            rows = corpus.splits["train"]
-            if not len(rows):
-                raise ValueError(f"corpora.{name}: holds no training clips")
-            read = Table(rows, {name: corpus.shards}).reader(held=1)
-            reader.crop(read(0), config.data.sample_rate, generator("doctor"))
-            yield Finding(check, f"{len(rows)} training clips, one of them decoded")
+            corpus = open_corpus(config, name)
+            _, row = next(Lane(Blocks(corpus.parts["train"]), 1, 0, ("doctor",)))
+            reader.crop(row, config.data.sample_rate, generator("doctor"))
+            about = "" if all(part.exact for part in corpus.parts["train"]) else "about "
+            yield Finding(
+                check, f"{about}{corpus.clips('train')} training clips, one of them decoded"
+            )
         except BadClipError as error:
             yield Finding(check, str(error), FAIL, "mend the file, or let this node read it")
-        except (ValueError, OSError, ShardError) as error:
+        except (ValueError, OSError, DataError, FarFileError) as error:
             yield Finding(check, str(error), FAIL, "let this node see the corpus at this path")
 
 

@@ -14,19 +14,14 @@ from safetensors import SafetensorError
 from mtl_dist import checkpoint
 from mtl_dist.checkpoint import Tensors, TrainState
 from mtl_dist.config import ConfigError
+from mtl_dist.data.loader import Positions
 from mtl_dist.engines import Engine
-from mtl_dist.experiment import Experiment, fingerprint
+from mtl_dist.experiment import Experiment
 from mtl_dist.phases import Phases
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.runtime import collect
-from mtl_dist.streams.retry import ShardError
 
 log = logging.getLogger("mtl_dist")
-
-
-def shard_key(corpus: str) -> str:
-    """Return how the fingerprints of a corpus' shards begin in a checkpoint's tables."""
-    return f"corpora.{corpus}: "
 
 
 class Keeper:
@@ -43,21 +38,40 @@ class Keeper:
         self.phases = phases or Phases()
         self.config, self.accelerator = experiment.config, engine.accelerator
         self.tables = {
-            f"corpora.{name}": fingerprint(corpus.splits["train"])
+            f"corpora.{name}, {what}": digest
             for name, corpus in experiment.corpora.items()
+            for what, digest in corpus.fingerprint().items()
         }
-        for name, shards in experiment.shards().items():
-            self.tables |= {shard_key(name) + f: d for f, d in shards.fingerprint().items()}
+        self.positions: Positions = {}
+        self.own_positions: Positions = {}
         self.kept_best: tuple[float | None, int] = (None, 0)
         self.writer = ThreadPoolExecutor(max_workers=1)
         self.being_written: tuple[TrainState, Future | None] | None = None
 
     def resume_or_start(self) -> TrainState:
         """Return where the run stands: at the newest checkpoint if run.resume is auto, else at its beginning."""
-        state = self._resume() or TrainState(positions=dict.fromkeys(self.experiment.tasks, 0))
+        state = self._resume() or TrainState()
         state.tables = self.tables
+        self.positions = {
+            stream: dict(enumerate(map(tuple, lanes))) for stream, lanes in state.positions.items()
+        }
         self.kept_best = (state.best, state.best_round)
         return state
+
+    def advance(self, positions: Positions) -> None:
+        """Take note of where this rank's lanes are after a round."""
+        for stream, lanes in positions.items():
+            self.own_positions.setdefault(stream, {}).update(lanes)
+
+    def _all_positions(self) -> dict[str, list[list[int]]]:
+        """Return where all lanes are: as they were at the start, and as each rank has its own."""
+        self.phases.enter("collective")
+        merged = copy.deepcopy(self.positions)
+        for own in collect(self.accelerator, [self.own_positions]):
+            for stream, lanes in own.items():
+                merged.setdefault(stream, {}).update(lanes)
+        self.phases.enter("checkpoint")
+        return {s: [list(lanes[n]) for n in sorted(lanes)] for s, lanes in merged.items()}
 
     def save(self, state: TrainState) -> float:
         """Gather a checkpoint and have rank 0 write it beside the training; return for how many seconds training waited.
@@ -67,7 +81,7 @@ class Keeper:
         began = time.perf_counter()
         self.settle(state)
         self.phases.enter("checkpoint")
-        state.scaler = self.engine.scaler_state()
+        state.scaler, state.positions = self.engine.scaler_state(), self._all_positions()
         weights, moments = self.engine.full_state()
         frozen, job = copy.deepcopy(state), None
         if self.accelerator.is_main_process:
@@ -132,18 +146,6 @@ class Keeper:
             },
         }
 
-    def _refuse_changed_shards(self, state: TrainState) -> None:
-        """Raise ConfigError naming a shard that is not what it was when the checkpoint was written."""
-        for name, shards in self.experiment.shards().items():
-            key = shard_key(name)
-            saved = {k.removeprefix(key): d for k, d in state.tables.items() if k.startswith(key)}
-            if not saved:
-                continue  # trained on the published folder so far: the clips' own fingerprint decides
-            try:
-                shards.refuse_changes(saved)
-            except ShardError as error:
-                raise ConfigError(str(error)) from error
-
     def _resume(self) -> TrainState | None:
         """Load the newest checkpoint that can be loaded; all ranks must find the same one.
 
@@ -167,15 +169,26 @@ class Keeper:
             checkpoint.check_fit(path, weights, self.engine.shapes)
         except ValueError as error:
             raise ConfigError(f"run.dir: {error}") from error
-        self._refuse_changed_shards(state)
-        changed = [n for n, t in self.tables.items() if state.tables.get(n, t) != t]
-        if changed:
+        if any(isinstance(lanes, int) for lanes in state.positions.values()):
             raise ConfigError(
-                f"{', '.join(changed)}: the training clips are not those that {path} was trained on (files were added, "
-                "removed, renamed or relabelled); restore the corpora, or start a new run"
+                f"run.dir: {path} was written by an earlier version, whose clips came in another order; start a new run"
+            )
+        if state.tables != self.tables:
+            raise ConfigError(
+                f"{_changed(state.tables, self.tables)} since {path} was written, and with it the order of clips; restore "
+                "the data, or start a new run"
             )
         self.engine.load_state(weights, moments)
         self.engine.load_scaler_state(state.scaler)
         if self.accelerator.is_main_process:
             print(f"goes on from {path} (round {state.round})", file=sys.stderr)
         return state
+
+
+def _changed(saved: dict[str, str], now: dict[str, str]) -> str:
+    """Return which file or listing is not what it was, and how."""
+    names = [name for name in sorted({*saved, *now}) if saved.get(name) != now.get(name)]
+    files = [name for name in names if not name.endswith("its training clips")] or names
+    how = "is new" if files[0] not in saved else "is gone" if files[0] not in now else "changed"
+    more = f" (and {len(files) - 1} more)" * (len(files) > 1)
+    return f"{files[0]}{more} {how}"

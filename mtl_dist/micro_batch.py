@@ -29,7 +29,7 @@ def plan_together(accelerator: Accelerator, experiment: Experiment, phases: Phas
         ConfigError: the arithmetic does not come out whole, or not even one clip fits a rank; on rank 0, others exit.
     """
     config, ranks, rank = experiment.config, accelerator.num_processes, accelerator.process_index
-    clips = len(experiment.table(config.train.main_task))
+    clips = experiment.clips(config.train.main_task)
     auto = config.train.micro_batch == "auto"
     agree_on_slices(accelerator, experiment.blueprint, phases)
     found, problem = [], []

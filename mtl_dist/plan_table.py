@@ -1,8 +1,8 @@
 """The numbers of a plan (planning.py) as aligned text. Tested by tests/test_planning.py."""
 
+from mtl_dist.data.loader import PARTS_AHEAD
 from mtl_dist.feasibility import USABLE, Case, size_text
 from mtl_dist.footprint import ENGINES
-from mtl_dist.streams.rounds import PARTS_AHEAD
 from mtl_dist.tables import format_rows
 
 
@@ -75,21 +75,30 @@ def table(facts: dict, case: Case) -> str:
 
 
 def _stream_rows(facts: dict, case: Case) -> list[tuple[str, str, str]]:
-    workers, share, batch = case.config.data.workers, facts["share"], facts["global_batch"]
-    turn = f"each takes the same {share / workers:g} places of every round" if workers else "none"
+    workers, batch = case.config.data.workers, facts["global_batch"]
+    lanes = facts["lanes"]
+    turn = f"each reads 1/{workers} of the rank's lanes" if workers else "none"
     return [
         (
-            "positions of a round",
-            str(batch),
-            f"round k: k x {batch} .. of each task's clips, shuffled anew every epoch",
+            "lanes of a stream",
+            str(facts["lanes"]),
+            f"{batch // facts['lanes']} of a round's {batch} clips each; rank r owns the r-th {lanes // case.ranks}",
         ),
-        ("positions of a rank", str(share), f"rank r: the r-th {share} of them"),
+        (
+            "blocks held by a rank",
+            size_text(facts["lane_bytes"]),
+            "a row group a lane, by the first of each source; data.lanes makes it less",
+        ),
+        (
+            "longest patience",
+            f"{facts['patience_seconds']:g} s",
+            "a read that takes longer, with all its retries, ends the run (section remote)",
+        ),
         ("workers of a rank", str(workers), f"{turn}; {PARTS_AHEAD} rounds ahead"),
         (
             "memory of a worker",
             size_text(facts["loader_worker_bytes"]),
-            "its clips' order (16 bytes a clip) and the rounds ahead, beside Python itself; from shards also "
-            "a row group for each of its places and tasks",
+            "its share of the blocks and the rounds ahead, beside Python itself",
         ),
         (
             "shared memory a node",

@@ -14,8 +14,8 @@ import sys
 from mtl_dist import footprint
 from mtl_dist.activations import Meter
 from mtl_dist.config import Config, ConfigError, load_config
-from mtl_dist.corpora import Corpus
-from mtl_dist.corpora.base import make_corpus
+from mtl_dist.data.corpora.corpus import Corpus, make_corpus
+from mtl_dist.data.corpora.listing import Listing
 from mtl_dist.experiment import Experiment, build_experiment
 from mtl_dist.feasibility import Case, divides, division_problem, memory_problem
 from mtl_dist.footprint import ENGINES
@@ -30,10 +30,10 @@ class StandIn:
 
     classes: int
 
-    def load(self, name: str, split_seed: int) -> Corpus:
+    def open(self, name: str, seed: int) -> Corpus:
         """Return a corpus of one clip."""
-        row = {"id": f"{name}/0", "path": "none", "label": "0", "split": "train"}
-        return make_corpus(name, [row], [str(i) for i in range(self.classes)])
+        row = {"id": "0", "path": "none", "label": "0", "split": "train"}
+        return make_corpus(name, Listing(rows=[row], classes=[str(i) for i in range(self.classes)]))
 
 
 def without_corpora(config: Config, classes: int, **where) -> Experiment:
@@ -71,7 +71,7 @@ def figures(case: Case, experiment: Experiment, rows: dict[str, int]) -> dict[st
         return facts
     plan, share = case.rounds(), train.global_batch // case.ranks
     round_bytes = footprint.round_bytes(experiment.tasks, share)
-    needed = case.memory_needed()
+    needed, lane_bytes = case.memory_needed(), experiment.lane_bytes(case.ranks)
     wire = footprint.wire_bytes(
         case.size, case.engine, case.precision, case.ranks, case.micro_steps()
     )
@@ -83,7 +83,10 @@ def figures(case: Case, experiment: Experiment, rows: dict[str, int]) -> dict[st
         "rounds_per_epoch": plan.rounds_per_epoch,
         "rounds": plan.rounds,
         "share": share,
-        "loader_worker_bytes": footprint.loader_worker(sum(rows.values()), round_bytes, workers),
+        "lanes": experiment.config.data.lanes or train.global_batch,
+        "lane_bytes": lane_bytes,
+        "patience_seconds": experiment.config.patience(),
+        "loader_worker_bytes": footprint.loader_worker(lane_bytes, round_bytes, workers),
         "loaders_shared_memory_bytes": case.per_node
         * footprint.loader_shared_memory(round_bytes, workers),
         "memory": needed,
@@ -179,7 +182,7 @@ def _experiment(config: Config, options) -> tuple[Experiment, dict[str, int]]:
         raise ConfigError(
             f"{error}. To plan without the corpora: --clips N, the training clips of {main}"
         ) from error
-    return experiment, {name: len(experiment.table(name)) for name in experiment.tasks}
+    return experiment, {name: experiment.clips(name) for name in experiment.tasks}
 
 
 def _measured(config: Config, options, experiment: Experiment, main_clips: int) -> Case:

@@ -12,12 +12,12 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 
+from mtl_dist.data.batches import MicroBatch, Read
+from mtl_dist.data.faults import DataError
+from mtl_dist.data.loader import Round
 from mtl_dist.engines import Engine
 from mtl_dist.phases import Phases
 from mtl_dist.runtime import collect, sum_over_ranks
-from mtl_dist.streams.batches import MicroBatch, Read
-from mtl_dist.streams.retry import ShardError
-from mtl_dist.streams.rounds import Round
 from mtl_dist.tasks.base import Task, TaskBatch
 
 
@@ -45,11 +45,11 @@ class RoundReport:
 
 
 def fail_together(accelerator: Accelerator, failure: str | None) -> None:
-    """Raise ShardError on all ranks where any has a failure, with the first of them; every rank calls it."""
+    """Raise DataError on all ranks where any has a failure, with the first of them; every rank calls it."""
     failures = collect(accelerator, [failure] if failure else [])
     if failures:
         others = f" (and {len(failures) - 1} other ranks have failed, too)" * (len(failures) > 1)
-        raise ShardError(failures[0] + others)
+        raise DataError(failures[0] + others)
 
 
 def micro_steps(round_: Round, schedule: str) -> list[dict[str, MicroBatch]]:
@@ -77,7 +77,7 @@ def run_round(
     what this rank is doing.
 
     Raises:
-        ShardError: on all ranks, before anything is done, where one of them has no audio for the round.
+        DataError: on all ranks, before anything is done, where one of them has no audio for the round.
     """
     names, accelerator = list(tasks), engine.accelerator
     phases = phases or Phases()

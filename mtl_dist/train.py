@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from mtl_dist.config import ConfigError, load_config
+from mtl_dist.data.faults import DataError, exit_with
 from mtl_dist.experiment import build_together, raise_together
 from mtl_dist.feasibility import size_text
 from mtl_dist.micro_batch import plan_together
@@ -27,7 +28,6 @@ from mtl_dist.runtime import (
     start,
     world_of,
 )
-from mtl_dist.streams.retry import ShardError
 from mtl_dist.trainer import Trainer, TrainingError
 from mtl_dist.watchdog import Watchdog
 
@@ -55,7 +55,7 @@ def run(words: list[str]) -> int:
         try:
             results = trainer.train()
             trainer.save_status("stopped" if results is None else "finished")
-        except (TrainingError, ShardError):
+        except (TrainingError, DataError):
             trainer.save_status("failed")
             if not accelerator.is_main_process:
                 sys.exit(1)
@@ -121,8 +121,11 @@ def describe(accelerator, experiment, trainer) -> None:
 if __name__ == "__main__":
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
-        sys.exit(run(sys.argv[1:]))
+        code = run(sys.argv[1:])
+    except SystemExit as end:
+        code = end.code
     except (ConfigError, LaunchError, TrainingError) as error:
-        sys.exit(f"error: {error}")
-    except ShardError as error:
-        sys.exit(f"error: {error} (go on with --run.resume auto)")
+        code = f"error: {error}"
+    except DataError as error:
+        code = f"error: {error} (go on with --run.resume auto)"
+    exit_with(code)

@@ -6,6 +6,8 @@ import signal
 
 from accelerate import Accelerator
 
+from mtl_dist.data.faults import DataError
+from mtl_dist.data.loader import Rounds
 from mtl_dist.engines import make_engine
 from mtl_dist.evaluation import Evaluation, evaluate, examples, too_many_bad
 from mtl_dist.experiment import Experiment, Plan
@@ -17,8 +19,6 @@ from mtl_dist.round import RoundReport, run_round
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.runtime import StopRequest, precision_asked_for, world_of
 from mtl_dist.stragglers import Stragglers
-from mtl_dist.streams.retry import ShardError
-from mtl_dist.streams.rounds import Rounds
 from mtl_dist.tables import results_table
 
 log = logging.getLogger("mtl_dist")
@@ -43,7 +43,7 @@ class Trainer:
         self.experiment, self.plan, self.accelerator = experiment, plan, accelerator
         self.phases = phases or Phases()
         self.config, self.folder, self.stop = experiment.config, folder, stop
-        self.main_clips = len(experiment.table(self.config.train.main_task))
+        self.main_clips = experiment.clips(self.config.train.main_task)
         self.rates = schedules(
             self.config.optim, {n: t.config for n, t in experiment.tasks.items()}
         )
@@ -77,7 +77,7 @@ class Trainer:
 
         Raises:
             TrainingError: too many bad files, or too many rounds in a row with a non-finite loss.
-            ShardError: a shard cannot be read; on all ranks.
+            DataError: a shard cannot be read; on all ranks.
         """
         state, train = self.state, self.config.train
         rounds = self._rounds()
@@ -107,7 +107,7 @@ class Trainer:
         return self._finish()
 
     def _one_round(self, rounds) -> RoundReport:
-        """Take the next round from the loader, step, and count it. Where a rank has none, all save and raise ShardError."""
+        """Take the next round from the loader, step, and count it. Where a rank has none, all save and raise DataError."""
         self.phases.enter("data", self.state.round + 1)
         round_ = next(rounds)
         assert round_.number == self.state.round, "the loader yields the rounds in order"
@@ -121,13 +121,13 @@ class Trainer:
                 stop=lambda: self.stop.signal is not None,
                 phases=self.phases,
             )
-        except ShardError:
+        except DataError:
             if self.state.round > self.before.round:
                 self._save()
             raise
         self.phases.enter("reporting")
-        batch, skipped = self.config.train.global_batch, bool(report.nonfinite)
-        self.state.advance(batch, int(report.clips), len(report.bad), skipped)
+        self.keeper.advance(round_.positions)
+        self.state.advance(int(report.clips), len(report.bad), bool(report.nonfinite))
         due = self._due(self.config.train.log_every)
         times = self.stragglers.compare(self.state.round) if due else None
         if self.monitor is not None:
@@ -141,7 +141,7 @@ class Trainer:
 
     def epoch(self) -> int:
         """Return the number of whole passes over the main task's training clips so far."""
-        return self.state.positions[self.config.train.main_task] // self.main_clips
+        return self.state.round * self.config.train.global_batch // self.main_clips
 
     def close(self) -> None:
         """Close what is open; a checkpoint that is being written becomes whole."""
@@ -166,7 +166,7 @@ class Trainer:
             world_of(self.accelerator),
             self.plan.accumulation,
             self.state.round,
-            self.state.positions,
+            self.keeper.positions,
         )
         return stream.rounds(self.config.data.workers, self.accelerator.device.type == "cuda")
 
@@ -231,7 +231,7 @@ class Trainer:
             try:
                 for task, place, waves in shown:
                     self.monitor.example(number, task, place, waves, self.experiment.reader.rate)
-            except ShardError as error:  # the ranks end together, in the next round, if it stays
+            except DataError as error:  # the ranks end together, in the next round, if it stays
                 log.warning("no examples to hear: %s", error)
         self.phases.enter("collective")
         self.accelerator.wait_for_everyone()

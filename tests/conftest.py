@@ -11,7 +11,7 @@ os.environ["HF_ENDPOINT"] = hub_server.reserved_endpoint()  # no test asks the r
 import pytest
 import tiny
 import torch
-from hub_fixtures import client, copy_of_hub, hub, opened  # noqa: F401
+from hub_fixtures import copy_of_hub, hub, hub_data  # noqa: F401
 
 torch.set_num_threads(1)
 LONGEST = (
@@ -27,9 +27,6 @@ LONGEST = (
     "watchdog",
     "hub_faults",
     "hub",
-    "audio_files_by_url",
-    "sharded",
-    "one_notation",
 )
 
 

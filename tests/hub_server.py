@@ -71,6 +71,7 @@ class HubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), _Handler)
         self.folder = folder
         self.token: str | None = None
+        self.commit = COMMIT
         self.faults: list[Fault] = []
         self.requests: Counter[str] = Counter()
         self.log: list[str] = []
@@ -106,7 +107,7 @@ class HubServer(ThreadingHTTPServer):
     def reset(self) -> None:
         """Forget faults, counts and the token."""
         with self.lock:
-            self.token = None
+            self.token, self.commit = None, COMMIT
             self.faults.clear()
             self.requests.clear()
             self.log.clear()
@@ -186,11 +187,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self.reply(404)
         revision = parts[1] if route not in ("info", "storage") else "main"
         converted = revision in ("refs/convert/parquet", CONVERTED)
-        self.commit = CONVERTED if converted else COMMIT
+        self.commit = CONVERTED if converted else self.server.commit
         folder = self.server.folder / (parts[0] + "@parquet" * converted)
         if not folder.is_dir():
             return self.reply(404, headers={"X-Error-Code": "RepoNotFound"})
-        if revision not in ("main", COMMIT, "refs/convert/parquet", CONVERTED):
+        known = ("main", COMMIT, self.server.commit, "refs/convert/parquet", CONVERTED)
+        if revision not in known:
             return self.reply(404, headers={"X-Error-Code": "RevisionNotFound"})
         if route in ("info", "revision"):
             files = [{"rfilename": name} for name in self.names(folder)]

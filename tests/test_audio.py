@@ -9,7 +9,7 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtl_dist.audio.clips import ClipReader
+from mtl_dist.audio.clips import Background, ClipReader, Row
 from mtl_dist.audio.reading import (
     BadClipError,
     fix_length,
@@ -34,8 +34,8 @@ def as_audio(wave: np.ndarray, rate: int, form: str = "WAV", subtype: str = "FLO
     return {"path": None, "bytes": buffer.getvalue()}
 
 
-def as_row(audio: dict) -> dict:
-    return {"id": "c", "audio": audio, "label": 3, "split": "train"}
+def as_row(audio: dict, **more) -> Row:
+    return Row(id="c", audio=audio, label=3, **more)
 
 
 @pytest.mark.parametrize("rate", [44_100, 48_000, 22_050, 8_000, 192_000, 16_000])
@@ -82,6 +82,31 @@ def test_path_and_bytes_give_the_samples_that_soundfile_gives(tmp_path, form):
             np.testing.assert_array_equal(read_stretch(file, 50, 500, RATE), truth[50:550])
 
 
+@pytest.mark.parametrize("excess", [1, 44, 45])
+def test_a_wav_size_too_large_by_the_header_is_read_and_by_more_than_a_hundredth_is_not(excess):
+    """Many recorders count the header as sound; what was cut off is refused."""
+    wave = noise(0.01, RATE)
+    audio = as_audio(wave, RATE, "WAV", "PCM_16")
+    data = bytearray(audio["bytes"])
+    place = data.index(b"data") + 4
+    size = int.from_bytes(data[place : place + 4], "little")
+    assert size == 2 * len(wave)
+    data[place : place + 4] = (size + excess).to_bytes(4, "little")
+    spoilt = {"path": "x.wav", "bytes": bytes(data)}
+    if excess > 44:
+        with (
+            pytest.raises(BadClipError, match=r"x\.wav: is truncated: 320 of 365 bytes"),
+            open_clip(spoilt),
+        ):
+            pass
+        return
+    with open_clip(audio) as truth, open_clip(spoilt) as file:
+        assert file.frames == len(wave)
+        np.testing.assert_array_equal(
+            read_frames(file, 0, len(wave)), read_frames(truth, 0, len(wave))
+        )
+
+
 @pytest.mark.parametrize("rate", [RATE, 44_100])
 def test_a_crop_of_a_long_file_reads_its_ends_and_the_crop_and_nothing_else(monkeypatch, rate):
     audio, taken = as_audio(noise(60.0, rate), rate, "FLAC", "PCM_16"), []
@@ -121,7 +146,7 @@ def test_the_sounding_span_is_the_brute_force_one(before, sound, after, rate):
 @pytest.mark.parametrize("samples", [1, 100, 40_000])
 def test_a_silent_clip_is_kept_whole_and_divides_by_nothing(samples):
     row = as_row(as_audio(np.zeros(samples, np.float32), RATE))
-    with open_clip(row["audio"]) as file:
+    with open_clip(row.audio) as file:
         assert sounding_span(file, -60.0) == (0, samples)
     with np.errstate(all="raise"):
         clip = ClipReader().crop(row, 32_000, np.random.default_rng(0))
@@ -220,3 +245,27 @@ def test_a_bad_clip_of_bytes_is_named_by_its_path():
     audio = as_audio(np.array([0.1, np.nan], np.float32), RATE) | {"path": "talk/7.wav"}
     with pytest.raises(BadClipError, match=r"talk/7\.wav: has NaN or Inf"):
         ClipReader().crop(as_row(audio), 100, np.random.default_rng(0))
+
+
+def test_noise_is_a_stretch_of_its_share_of_the_recording_from_every_place():
+    """A ramp tells what was heard: 300 cuts lie within the share, reach both its ends, and are the samples themselves."""
+    ramp = np.linspace(0, 0.9, 10_000, dtype=np.float32)
+    background = Background(as_row(as_audio(ramp, RATE), span=(0.25, 0.75)), RATE)
+    generator, begins = np.random.default_rng(0), []
+    for _ in range(300):
+        noise = background.cut(100, generator)
+        begins.append(int(np.searchsorted(ramp, noise[0])))
+        np.testing.assert_array_equal(noise, ramp[begins[-1] : begins[-1] + 100])
+    assert 2500 <= min(begins) < 2600
+    assert 7300 < max(begins) <= 7400
+
+
+@pytest.mark.parametrize("samples", [1, 100, 250, 1000])
+def test_noise_longer_than_its_share_of_the_recording_is_repeated(samples):
+    wave = noise(1000 / RATE, RATE)
+    background = Background(as_row(as_audio(wave, RATE), span=(0.9, 1.0)), RATE)
+    cut = background.cut(samples, np.random.default_rng(0))
+    assert cut.shape == (samples,)
+    if samples >= 100:
+        np.testing.assert_array_equal(cut, np.resize(wave[900:], samples))
+    assert np.isin(cut, wave[900:]).all()

@@ -15,7 +15,7 @@ from mtl_dist.audio.augment import (
     shift_time,
 )
 from mtl_dist.audio.clips import Clip
-from mtl_dist.streams.batches import keyed_generators
+from mtl_dist.data.batches import keyed_generators
 
 
 def augmentation(*kinds: str, probability: float = 1.0, **fields) -> Augmentation:

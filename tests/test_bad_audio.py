@@ -1,7 +1,10 @@
 """What a disk can do to audio: bad files are counted skips, too many an error, and no run is lost."""
 
+import io
 import os
 import shutil
+import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ import worlds
 from entry import enter, entries, refused, tagging_words
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mtl_dist.audio.reading import BadClipError, open_clip, read_frames
 from mtl_dist.config import load_config
 from mtl_dist.experiment import build_experiment
 
@@ -20,6 +24,12 @@ def root(tmp_path, corpora_root):
     """A folder of corpora of which FSDKaggle2018 may be spoilt."""
     shutil.copytree(corpora_root / "FSDKaggle2018", tmp_path / "FSDKaggle2018")
     return tmp_path
+
+
+def paths_of(words: list[str], split: str) -> list[str]:
+    """Return the files of a split of FSDKaggle2018."""
+    corpus = build_experiment(load_config(words)).corpora["fsdkaggle2018"]
+    return [row["audio"]["path"] for row in corpus.stream(split)]
 
 
 def spoil(path, how: str) -> None:
@@ -34,14 +44,19 @@ def spoil(path, how: str) -> None:
     else:
         whole = path.read_bytes()
         kept = {"zero length": 0, "header only": 44, "truncated WAV": len(whole) // 2}
-        path.write_bytes(b"# Notes\n" * 50 if how == "text" else whole[: kept[how]])
+        text, no_rate = b"# Notes\n" * 50, whole[:24] + bytes(4) + whole[28:]
+        others = {"text": text, "sample rate 0": no_rate}
+        path.write_bytes(others[how] if how in others else whole[: kept[how]])
 
 
-BAD_FILES = ("zero length", "header only", "truncated WAV", "truncated FLAC", "NaN", "Inf", "text")
+BAD_FILES = (
+    *("zero length", "header only", "truncated WAV", "truncated FLAC"),
+    *("NaN", "Inf", "sample rate 0", "text"),
+)
 
 
 def test_bad_files_are_skipped_counted_and_named_and_the_run_goes_to_its_end(root):
-    """All seven kinds among 24 clips: named in metrics.jsonl, counted in TensorBoard, absent from nothing else."""
+    """All eight kinds among 24 clips: named in metrics.jsonl, counted in TensorBoard, absent from nothing else."""
     words = tagging_words(root, root / "run", "--data.max_bad_share", "0.5", "--train.epochs", "2")
     words += [
         "--train.rounds",
@@ -51,22 +66,20 @@ def test_bad_files_are_skipped_counted_and_named_and_the_run_goes_to_its_end(roo
         "--train.global_batch",
         "3",
     ]
-    rows = build_experiment(load_config(words)).corpora["fsdkaggle2018"].splits
-    paths = [rows["train"][place]["audio"]["path"] for place in range(6)]
-    paths += [rows["validation"][0]["audio"]["path"]]
+    paths = paths_of(words, "train")[:7] + paths_of(words, "validation")[:1]
     for path, how in zip(paths, BAD_FILES, strict=True):
-        spoil(tiny.Path(path), how)
+        spoil(Path(path), how)
     ended = enter(*words)
     assert ended.code == 0, ended.text
 
     found = entries(root / "run", "bad_files")
     named = {message.split(": ")[0] for entry in found for message in entry["messages"]}
-    assert named == set(paths[:6])
-    assert found[-1]["total"] == 12  # six files, two epochs
+    assert named == set(paths[:7])
+    assert found[-1]["total"] == 14  # seven files, two epochs
     assert [e["total"] for e in found] == sorted(e["total"] for e in found)
     (in_validation, *_) = entries(root / "run", "bad_files_in_validation")
     assert in_validation["total"] == 1
-    assert paths[6] in in_validation["messages"][0]
+    assert paths[7] in in_validation["messages"][0]
 
     events = EventAccumulator(str(root / "run" / "tensorboard")).Reload()
     assert [e.value for e in events.Scalars("data/bad_files")] == [e["total"] for e in found]
@@ -74,7 +87,7 @@ def test_bad_files_are_skipped_counted_and_named_and_the_run_goes_to_its_end(roo
     texts = [
         e.tensor_proto.string_val[0].decode() for e in events.Tensors("data/bad_files/text_summary")
     ]
-    assert all(any(path in text for text in texts) for path in paths[:6])
+    assert all(any(path in text for text in texts) for path in paths[:7])
     assert np.isfinite([e["loss/total"] for e in entries(root / "run", "round")]).all()
 
 
@@ -92,11 +105,11 @@ def test_more_bad_files_than_the_share_stop_the_run_with_the_last_ones_name(root
 
 def test_more_bad_files_than_the_share_in_validation_stop_the_run(root):
     words = tagging_words(root, root / "run", "--data.max_bad_share", "0")
-    rows = build_experiment(load_config(words)).corpora["fsdkaggle2018"].splits["validation"]
-    spoil(tiny.Path(rows[0]["audio"]["path"]), "text")
+    paths = paths_of(words, "validation")
+    spoil(Path(paths[0]), "text")
     error = refused(*words)
-    assert f"1 of {len(rows)} clips could not be used" in error
-    assert rows[0]["audio"]["path"] in error
+    assert f"1 of {len(paths)} clips could not be used" in error
+    assert paths[0] in error
 
 
 @pytest.mark.slow
@@ -185,3 +198,72 @@ def test_losses_that_are_not_finite_are_named_skipped_and_stop_the_run(corpora_r
     assert "fsdkaggle2018/train" in found[0]["messages"][0]
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     assert [e.value for e in events.Scalars("data/nonfinite_losses")] == [1, 2, 3]
+
+
+def wave_file(form: str) -> bytes:
+    """A file of 1,600 samples; of WAV the header has 44 bytes."""
+    file, wave = io.BytesIO(), np.random.default_rng(3).uniform(-0.5, 0.5, 1600)
+    soundfile.write(file, wave, 16_000, "PCM_16", format=form)
+    return file.getvalue()
+
+
+def read_whole(audio: dict) -> np.ndarray:
+    with open_clip(audio) as file:
+        return read_frames(file, 0, file.frames)
+
+
+def forms(data: bytes, tmp_path) -> list[dict]:
+    """The same audio as bytes and as a file."""
+    (tmp_path / "a.wav").write_bytes(data)
+    path = str(tmp_path / "a.wav")
+    return [{"bytes": data, "path": path}, {"bytes": None, "path": path}]
+
+
+@pytest.mark.parametrize("more", [2, 8, 44])
+def test_a_size_that_is_too_large_by_up_to_a_header_is_read(tmp_path, more):
+    data = bytearray(wave_file("WAV"))
+    for place in (4, 40):  # of the whole, of the samples
+        data[place : place + 4] = struct.pack(
+            "<I", int.from_bytes(data[place : place + 4], "little") + more
+        )
+    truth = soundfile.read(io.BytesIO(wave_file("WAV")), dtype="float32")[0]
+    for audio in forms(bytes(data), tmp_path):
+        np.testing.assert_array_equal(read_whole(audio), truth)
+
+
+SPOILT_HEADERS = {
+    "sample rate 0": ("WAV", slice(24, 28), bytes(4)),
+    "no channels": ("WAV", slice(22, 24), bytes(2)),
+    "no bits": ("WAV", slice(34, 36), bytes(2)),
+    "an unknown format": ("WAV", slice(20, 22), b"\x99\x99"),
+    "garbage after RIFF": ("WAV", slice(4, 44), np.random.default_rng(4).bytes(40)),
+    "FLAC of sample rate 0": ("FLAC", slice(18, 21), bytes(3)),
+    "FLAC without its header": ("FLAC", slice(4, 42), bytes(38)),
+}
+
+
+@pytest.mark.parametrize("how", SPOILT_HEADERS)
+def test_a_spoilt_header_is_a_bad_clip_by_name_and_nothing_is_printed(tmp_path, capfd, how):
+    form, place, bad = SPOILT_HEADERS[how]
+    data = bytearray(wave_file(form))
+    data[place] = bad
+    for audio in forms(bytes(data), tmp_path):
+        with pytest.raises(BadClipError, match=r"a\.wav: "):
+            read_whole(audio)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("form", ["WAV", "FLAC"])
+def test_whatever_stands_in_a_header_is_read_or_a_bad_clip(tmp_path, capfd, form):
+    rng, whole, refused_ = np.random.default_rng(5), wave_file(form), 0
+    for _ in range(300):
+        data = bytearray(whole)
+        for place in rng.integers(0, 48, size=rng.integers(1, 4)):
+            data[place] = rng.integers(256)
+        for audio in forms(bytes(data), tmp_path):
+            try:
+                assert read_whole(audio).ndim == 1
+            except BadClipError:
+                refused_ += 1
+    assert 0 < refused_ < 600
+    assert capfd.readouterr() == ("", "")

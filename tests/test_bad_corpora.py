@@ -9,7 +9,7 @@ from entry import enter, entries, refused, tagging_words
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mtl_dist.config import ConfigError, load_config
-from mtl_dist.corpora import CORPORA
+from mtl_dist.data.corpora import CORPORA
 from mtl_dist.experiment import build_experiment
 
 TRAIN = "FSDKaggle2018.meta/train_post_competition.csv"
@@ -83,7 +83,7 @@ def test_a_missing_folder_or_file_is_named_with_its_field(root, gone):
     [
         (["--corpora.librispeech.root", "/gone"], "corpora.librispeech.root: the folder /gone does"),
         (["--corpora.librispeech.splits", "[dev-clean]"], "there are the folders train-clean-100"),
-        (["--corpora.librispeech.root", "EMPTY/x"], "0 FLAC files of 0 speakers found; at least 3"),
+        (["--corpora.librispeech.root", "EMPTY/x"], "UTTERANCE.flac in the folders train-clean-100 of"),
         (["--corpora.chime3.root", "/gone"], "corpora.chime3.root: the folder /gone does not exist"),
         (["--corpora.chime3.root", "EMPTY"], "corpora.chime3: no BGD_*.wav of the environments"),
         (["--corpora.chime3.environments", "[BTH]"], "environments there: ['BUS', 'CAF', 'PED', 'STR']"),
@@ -112,7 +112,7 @@ def test_a_missing_or_incomplete_corpus_of_ones_own_is_named(tmp_path, fields, m
     (tmp_path / "m.csv").write_text("path,label\na.wav,\n")
     fields = {k: str(tmp_path / "m.csv") if v == "M" else v for k, v in fields.items()}
     with pytest.raises(ValueError, match=re.escape(message)):
-        CORPORA["folder"](**fields).load("folder", 0)
+        CORPORA["folder"](**fields).open("folder", 0)
 
 
 def test_a_byte_order_mark_and_a_missing_file_cost_nothing_but_a_count(root):
@@ -128,7 +128,7 @@ def test_a_byte_order_mark_and_a_missing_file_cost_nothing_but_a_count(root):
 def test_a_manifest_that_is_no_csv_in_utf8_is_named(tmp_path, text):
     (tmp_path / "m.csv").write_bytes(text)
     with pytest.raises(ValueError, match=r"m\.csv: not a CSV file in UTF-8"):
-        CORPORA["folder"](manifest=str(tmp_path / "m.csv")).load("folder", 0)
+        CORPORA["folder"](manifest=str(tmp_path / "m.csv")).open("folder", 0)
 
 
 def test_a_wrong_split_in_a_manifest_is_named_with_its_line(tmp_path):
@@ -136,7 +136,7 @@ def test_a_wrong_split_in_a_manifest_is_named_with_its_line(tmp_path):
     with pytest.raises(
         ValueError, match=r"m\.csv, line 2, column split: 'training' \(allowed: train,"
     ):
-        CORPORA["folder"](manifest=str(tmp_path / "m.csv")).load("folder", 0)
+        CORPORA["folder"](manifest=str(tmp_path / "m.csv")).open("folder", 0)
 
 
 def test_a_labelled_task_on_an_unlabelled_corpus_is_refused(corpora_root, tmp_path):

@@ -47,7 +47,7 @@ def engine_after(experiment, steps: int = 0):
 
 def save(root, experiment, round_: int, steps: int = 2, **state):
     weights, moments = engine_after(experiment, steps).full_state()
-    state = TrainState(round=round_, positions={"next_step": round_ * 4}, **state)
+    state = TrainState(round=round_, positions={"speech": [[0, round_, 0, 4]]}, **state)
     return checkpoint.save(root, weights, moments, state, "run: {}\n", {"model": {}})
 
 
@@ -57,7 +57,13 @@ def equal(ours: dict, theirs: dict) -> bool:
 
 def test_model_adam_and_state_come_back_bit_for_bit(tiny_experiment, tmp_path):
     engine = engine_after(tiny_experiment, steps=3)
-    state = TrainState(round=7, positions={"next_step": 28}, best=0.125, best_round=5, clips=9)
+    state = TrainState(
+        round=7,
+        positions={"speech": [[1, 0, 2, 3], [0, 7, 0, 1]]},
+        best=0.125,
+        best_round=5,
+        clips=9,
+    )
     path = checkpoint.save(tmp_path, *engine.full_state(), state, "a: 1\n", {})
     *tensors, found = checkpoint.read(path)
     assert found == state

@@ -128,6 +128,9 @@ WRONG = {
     "--tasks.next_step.augment.gain_bd [1,2]": "did you mean 'tasks.next_step.augment.gain_db'?",
     "--optim.learning_rate .nan": "optim.learning_rate: nan is not allowed",
     "--data.crop_seconds 1e-9": "data.crop_seconds: 1e-09 is not allowed",
+    "--data.lanes 0": "data.lanes: 0 is not allowed; use 1 or more, or null",
+    "--remote.retries 0": "remote.retries: 0 is not allowed; use more than 0",
+    "--remote.patience_seconds 600": "600 is not allowed beside run.timeout_seconds 600",
     "--corpora.librispeech.hours 0": "corpora.librispeech.hours: 0.0 is not allowed",
     "--run.resume yes": "run.resume: 'yes' is not allowed; use no or auto",
     "--run.seed -1": "run.seed: -1 is not allowed",
@@ -201,6 +204,19 @@ def test_ranks_times_micro_batch_times_accumulation_is_the_global_batch(ranks, m
     assert plan.accumulation == accumulation
     assert ranks * plan.micro_batch * plan.accumulation == 8
     assert plan.rounds == 200  # 16 epochs of 100 / 8 rounds
+
+
+@pytest.mark.parametrize(
+    ("lanes", "ranks", "fit"), [(3, 1, "1, 2, 4, 8"), (16, 1, "1, 2, 4, 8"), (1, 2, "2, 4, 8")]
+)
+def test_lanes_that_do_not_go_with_batch_and_ranks_are_refused_with_those_that_do(
+    lanes, ranks, fit
+):
+    config = load_config(["--data.lanes", str(lanes)])
+    with pytest.raises(ConfigError, match=rf"data\.lanes: {lanes} lanes, .* of 8 .*; use {fit}$"):
+        plan_rounds(config, 100, ranks)
+    for good in map(int, fit.split(", ")):
+        assert plan_rounds(load_config(["--data.lanes", str(good)]), 100, ranks).rounds
 
 
 PLUGIN = '''

@@ -15,9 +15,10 @@ import pytest
 import soundfile
 import tiny
 
-from mtl_dist.corpora import CORPORA, synthetic
-from mtl_dist.corpora.base import SPLITS
-from mtl_dist.corpora.noise import NoiseBank
+from mtl_dist.audio.clips import Background
+from mtl_dist.data.corpora import CORPORA, synthetic
+from mtl_dist.data.lanes import Blocks, Lane
+from mtl_dist.data.sources import SPLITS
 
 SAMPLE = tiny.REPOSITORY.parent / "shared" / "data"
 
@@ -34,15 +35,21 @@ def real(tmp_path_factory):
 
 def load(kind: str, split_seed: int = 0, **settings):
     settings = {k: str(v) if k in ("root", "manifest") else v for k, v in settings.items()}
-    return CORPORA[kind](**settings).load(kind, split_seed)
+    return CORPORA[kind](**settings).open(kind, split_seed)
+
+
+def rows(corpus, split: str) -> list[dict]:
+    return list(corpus.stream(split)) if corpus.parts[split] else []
 
 
 def ids(corpus, split: str) -> set[str]:
-    return set(corpus.splits[split]["id"])
+    return {row["id"] for row in rows(corpus, split)}
 
 
 def sizes(corpus) -> dict[str, int]:
-    return {split: len(rows) for split, rows in corpus.splits.items()}
+    found = {split: len(ids(corpus, split)) for split in SPLITS}
+    assert found == {split: corpus.clips(split) for split in SPLITS}
+    return found
 
 
 def labels_of(table) -> dict[str, str]:
@@ -57,21 +64,19 @@ def test_fsdkaggle2018_has_every_row_of_the_published_tables_with_its_label(real
     test = labels_of(meta / "test_post_competition_scoring_clips.csv")
     assert (len(train), len(test)) == (221, 79)
     assert corpus.classes == sorted(set(train.values()))
-    found = {
-        row["id"].removeprefix("fsdkaggle2018/"): corpus.classes[row["label"]]
-        for rows in corpus.splits.values()
-        for row in rows
-    }
+    found = {row["id"]: row["label"] for split in SPLITS for row in rows(corpus, split)}
     assert found == train | test
-    assert ids(corpus, "test") == {f"fsdkaggle2018/{name}" for name in test}
-    assert all(soundfile.info(row["audio"]["path"]) for row in corpus.splits["train"])
+    assert ids(corpus, "test") == test.keys()
+    assert all(soundfile.info(row["audio"]["path"]) for row in rows(corpus, "train"))
+    _, row = next(Lane(Blocks(corpus.parts["train"]), 1, 0, ()))
+    assert corpus.classes[row.label] == found[row.id.removeprefix("fsdkaggle2018/")]
 
 
 def test_a_tenth_of_every_label_is_set_aside_by_split_seed_alone(real):
     root = real / "FSDKaggle2018"
     first, again, other = (load("fsdkaggle2018", seed, root=root) for seed in (0, 0, 1))
     train = labels_of(root / "FSDKaggle2018.meta" / "train_post_competition.csv")
-    held = [train[clip.split("/")[1]] for clip in ids(first, "validation")]
+    held = [train[clip] for clip in ids(first, "validation")]
     of_label = collections.Counter(train.values())
     assert collections.Counter(held) == {k: max(1, round(n / 10)) for k, n in of_label.items()}
     assert not ids(first, "validation") & ids(first, "train")
@@ -82,32 +87,43 @@ def test_a_tenth_of_every_label_is_set_aside_by_split_seed_alone(real):
 
 def test_librispeech_sets_speakers_aside_and_takes_all_others(real):
     corpus = load("librispeech", root=real / "LibriSpeech", heldout_share=0.1)
-    speakers = {
-        s: {clip.split("/")[-1].split("-")[0] for clip in ids(corpus, s)} for s in corpus.splits
-    }
+    speakers = {s: {row["speaker"] for row in rows(corpus, s)} for s in SPLITS}
     assert [len(speakers[split]) for split in SPLITS] == [251 - 26 - 26, 26, 26]
     assert len(set.union(*speakers.values())) == 251  # so no speaker is in two of them
 
 
 def test_librispeech_reads_the_splits_that_are_named_and_only_those(tmp_path):
-    for split in ("train-clean-100", "train-other-500"):
+    for split in ("train-clean-100", "train-other-500", "dev-clean", "test-other"):
         tiny.write_librispeech(tmp_path, split)
     one = load("librispeech", root=tmp_path, splits=["train-other-500"])
     both = load("librispeech", root=tmp_path, splits=["train-clean-100", "train-other-500"])
     total = tiny.SPEAKERS * tiny.UTTERANCES
     assert sum(sizes(one).values()) == total
-    assert {clip.split("/")[1] for clip in ids(one, "train")} == {"train-other-500"}
+    assert {clip.split("/")[0] for clip in ids(one, "train")} == {"train-other-500"}
     assert sum(sizes(both).values()) == 2 * total
+    named = ["train-other-500", "dev-clean", "test-other"]
+    sided = load("librispeech", root=tmp_path, splits=named)
+    for side, split in zip(SPLITS, named, strict=True):
+        assert {clip.split("/")[0] for clip in ids(sided, side)} == {split}
+        assert sizes(sided)[side] == total
+    half = load("librispeech", root=tmp_path, splits=named[:2])
+    assert {clip.split("/")[0] for clip in ids(half, "validation")} == {"dev-clean"}
+    held = {row["speaker"] for row in rows(half, "test")}
+    assert held
+    assert held.isdisjoint({row["speaker"] for row in rows(half, "train")})
 
 
 @pytest.mark.parametrize(("small", "large"), [(0.1, 0.3), (0.2, 0.6)])
-def test_hours_is_reached_within_an_utterance_and_a_smaller_one_is_contained_in_a_larger(
+def test_hours_of_a_folder_are_by_headers_and_a_smaller_one_is_contained_in_a_larger(
     real, small, large
 ):
     parts = {h: load("librispeech", root=real / "LibriSpeech", hours=h) for h in (small, large)}
     for hours, corpus in parts.items():
-        lengths = [soundfile.info(a["path"]).duration for a in corpus.splits["train"]["audio"]]
-        assert 0 <= sum(lengths) - hours * 3600 < max(lengths)
+        lengths = [soundfile.info(row["audio"]["path"]).duration for row in rows(corpus, "train")]
+        (part,) = corpus.parts["train"]
+        block = part.files.size * max(lengths)
+        assert 0 <= sum(lengths) - hours * 3600 < block
+        assert f"{sum(lengths) / 3600:.2f} h of training audio taken" in corpus.describe()
     assert ids(parts[small], "train") < ids(parts[large], "train")
     assert ids(parts[small], "validation") == ids(parts[large], "validation")
 
@@ -141,7 +157,7 @@ def test_chime3_backgrounds_are_found_by_environment_and_channel(tmp_path):
         soundfile.write(tmp_path / f"{name}.wav", np.zeros(100), 16_000)
     assert len(ids(load("chime3", root=tmp_path), "train")) == 12
     one = load("chime3", root=tmp_path, environments=["BTH"], channels=[2, 5])
-    assert ids(one, "train") == {f"chime3/BGD_150203_010_BTH.CH{c}" for c in (2, 5)}
+    assert ids(one, "train") == {f"BGD_150203_010_BTH.CH{c}" for c in (2, 5)}
     with pytest.raises(ValueError, match=r"environments \['STR'\].*there: \['BTH', 'BUS', 'CAF'\]"):
         load("chime3", root=tmp_path, environments=["STR"])
 
@@ -150,10 +166,11 @@ def test_the_noise_that_a_split_hears_is_of_its_own_part_of_the_recording(tmp_pa
     """A ramp from 0 to 1 tells where a stretch was cut."""
     ramp = np.linspace(0.0, 1.0, 16_000, dtype=np.float32)
     soundfile.write(tmp_path / "BGD_1_1_BUS.wav", ramp, 16_000, "FLOAT")
-    bank = NoiseBank(load("chime3", root=tmp_path), 16_000)
-    heard = {}
-    for split in ("train", "validation", "test"):
-        draws = [bank.draw(1000, split, np.random.default_rng(seed)) for seed in range(200)]
+    corpus, heard = load("chime3", root=tmp_path), {}
+    for split in SPLITS:
+        _, row = next(Lane(Blocks(corpus.noise(split)), 1, 0, ()))
+        noise = Background(row, 16_000)
+        draws = [noise.cut(1000, np.random.default_rng(seed)) for seed in range(200)]
         heard[split] = min(d.min() for d in draws), max(d.max() for d in draws)
     assert 0.0 <= heard["train"][0] < 0.05
     assert 0.75 < heard["train"][1] < 0.8 <= heard["validation"][0]
@@ -175,25 +192,24 @@ def test_a_folder_gives_labels_by_its_first_level_or_none_at_all(clips):
     labelled = load("folder", root=clips, labelled=True)
     assert labelled.classes == ["cat", "dog"]
     assert sizes(labelled) == {"train": 16, "validation": 2, "test": 2}
-    row = labelled.splits["test"][0]
-    assert row["id"].split("/")[1] == labelled.classes[row["label"]]
+    assert all(row["id"].split("/")[0] == row["label"] for row in rows(labelled, "test"))
     plain = load("folder", root=clips)
     assert plain.classes == []
-    assert set(plain.splits["train"]["label"]) == {-1}
+    assert {row["label"] for row in rows(plain, "train")} == {None}
 
 
 @pytest.mark.parametrize("columns", [("path",), ("path", "label"), ("path", "label", "split")])
 def test_a_manifest_gives_paths_relative_to_itself_with_or_without_label_and_split(clips, columns):
     splits = ["train"] * 12 + ["validation"] * 3 + ["test"] * 5
-    rows = [
+    lines = [
         {"path": f"{label}/sub/{n}.wav", "label": label, "split": splits[2 * n + (label == "dog")]}
         for n in range(10)
         for label in ("cat", "dog")
     ]
-    with open(clips / "clips.csv", "w", newline="") as lines:
-        writer = csv.DictWriter(lines, columns, extrasaction="ignore")
+    with open(clips / "clips.csv", "w", newline="") as table:
+        writer = csv.DictWriter(table, columns, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(lines)
     corpus = load("folder", manifest=clips / "clips.csv")
     assert corpus.classes == (["cat", "dog"] if "label" in columns else [])
     expected = (12, 3, 5) if "split" in columns else (16, 2, 2)
@@ -241,9 +257,9 @@ def test_the_synthetic_corpora_are_read_by_the_real_readers_in_the_published_lay
     assert sizes(fsd) == {"train": 16, "validation": 8, "test": 8}
     assert len(fsd.classes) == 8
     assert sizes(load("librispeech", root="synthetic")) == {"train": 1, "validation": 1, "test": 1}
-    backgrounds = load("chime3", root="synthetic").splits["train"]["id"]
+    backgrounds = ids(load("chime3", root="synthetic"), "train")
     assert {name.split("_")[-1] for name in backgrounds} == {
         f"{environment}.CH1" for environment in ("BUS", "CAF", "PED", "STR")
     }
-    info = soundfile.info(fsd.splits["train"][0]["audio"]["path"])
+    info = soundfile.info(rows(fsd, "train")[0]["audio"]["path"])
     assert (info.samplerate, info.channels, info.subtype) == (44_100, 1, "PCM_16")

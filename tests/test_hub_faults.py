@@ -1,151 +1,146 @@
 """Laws of faults of the Hub: what a retry can cure is survived, what it cannot ends in bounded time, and is named."""
 
-import pickle
 import threading
+import time
 
+import hub_client
+import hub_corpora
 import pytest
-from hub_fixtures import BUSY, FAST, clean
+import tiny
+from hub_corpora import NOISE
+from hub_fixtures import BUSY, RETRIED
 from hub_server import Fault
-from parquet_files import audio_of
 
+from mtl_dist.config import load_config
+from mtl_dist.data.faults import DataError
+from mtl_dist.data.lanes import Blocks
+from mtl_dist.experiment import open_corpus
+
+WHERE = r"rank 5 on \S+, corpus librispeech, hf://\S+/clean/train.100/0000.parquet, row group 1: "
 FAULTS = {
-    "429": Fault("status", "resolve", status=429, times=2),
-    "429 with Retry-After": Fault("status", "resolve", status=429, headers={"Retry-After": "1"}),
+    "429": Fault("status", "resolve", status=429),
+    "429 with Retry-After": Fault("status", "resolve", status=429, times=2, headers=RETRIED),
     "429 with the Hub's header": Fault(
         "status", "resolve", status=429, headers={"RateLimit": '"resolvers";r=0;t=1'}
     ),
-    "500": Fault("status", "storage", status=500, times=3),
-    "503": Fault("status", "resolve", status=503, times=3),
-    "504": Fault("status", "storage", status=504),
+    "503 of the storage": Fault("status", "storage", times=2, headers=RETRIED),
+    "more 503 than huggingface_hub bears": Fault(
+        "status", "storage", times=7, headers=RETRIED, status=504
+    ),
     "a cut transfer": Fault("cut", times=2),
-    "a stall": Fault("stall", times=2),
-    "a trickle": Fault("trickle"),
+    "a stall": Fault("stall", times=1),
+    "a slow server": Fault("slow", times=9),
+    "a trickle that ends": Fault("trickle", seconds=2),
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_survived_with_the_back_off_in_the_log(hub, client, opened, fault):
-    hub.faults.append(Fault(**vars(FAULTS[fault])))
-    outcome = client("read", opened, [1])
-    assert outcome["result"] == [audio_of(hub.written["clean/train.100"])[8:16]]
-    assert len(outcome["lines"]) == FAULTS[fault].times
-    for number, line in enumerate(outcome["lines"], 1):
-        assert "rank 3 on" in line
-        assert (
-            "corpus speech, openslr/librispeech_asr/clean/train.100/0000.parquet, row group 1:"
-            in line
-        )
-        assert f"attempt {number}, again in " in line
-    if FAULTS[fault].headers:
-        assert outcome["seconds"] >= 1
-    else:
-        waits = [float(line.split("again in ")[1].split()[0]) for line in outcome["lines"]]
-        assert waits == sorted(waits)
-        assert outcome["seconds"] < 5 + BUSY
+def opened(name: str, patience: float = 60, *more: str):
+    """Open a corpus as rank 0 does, with short waits."""
+    fast = {"timeout_seconds": 0.5, "retries": 3, "wait_seconds": 0.1}
+    words = hub_corpora.words(**fast, patience_seconds=patience)
+    config = load_config(tiny.tiny_words(tiny.REPOSITORY, *words, *more))
+    config.remote.apply()
+    return open_corpus(config, name)
 
 
-def test_after_a_cut_the_transfer_goes_on_where_it_was(hub, client, opened):
-    client("read", opened, [1])
-    whole = hub.bytes_sent
-    hub.reset()
-    hub.faults.append(Fault("cut", times=3))
-    client("read", opened, [1])
-    assert hub.bytes_sent == whole
-    assert hub.requests["storage"] == 4
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_that_a_retry_cures_gives_the_same_rows(hub, name):
+    corpus = opened("librispeech")
+    hub.faults.append(fault := Fault(**vars(FAULTS[name])))
+    (block,) = hub_client.rows_of(Blocks(corpus.parts["train"], 5, 60), [1])
+    first, *_ = sorted(block)
+    assert first == "train.100-0008"
+    assert block == {clip: hub.written["train.100"][clip] for clip in block}
+    assert len(block) == 8
+    assert fault.times < FAULTS[name].times
 
 
-def test_a_server_that_is_away_for_a_moment_is_waited_for(hub, client, opened):
+def test_a_server_that_is_away_for_a_moment_is_waited_for(hub):
+    corpus = opened("librispeech")
     hub.close()
     back = threading.Timer(1, hub.reopen)
     back.start()
-    outcome = client("read", opened, [1])
+    (block,) = hub_client.rows_of(Blocks(corpus.parts["train"], 5, 60), [3])
     back.join()
-    assert outcome["result"] == [audio_of(hub.written["clean/train.100"])[8:16]]
-    assert any("refused" in line for line in outcome["lines"])
-    assert all("rank 3 on" in line for line in outcome["lines"])
+    assert block == dict(list(hub.written["train.100"].items())[19:])
 
 
-def test_a_slow_server_is_no_fault(hub, client, opened):
-    hub.faults += [Fault("slow", "resolve", times=2), Fault("slow", times=2)]
-    outcome = client("read", opened, [1, 3])
-    assert len(outcome["result"][0]) == 8
-    assert outcome["seconds"] >= 0.4
-    assert not outcome["lines"]
-
-
-ENDLESS = {
-    "503": Fault("status", "resolve", times=1000),
-    "stall": Fault("stall", times=1000),
-    "cut": Fault("status", "storage", times=1000, status=502),
-    "trickle": Fault("trickle", times=1000),
+ENDLESS = 10**9
+ENDS = {
+    "503": (Fault("status", "resolve", times=ENDLESS), "TimeoutError: no answer in 3 s"),
+    "429 for an hour": (
+        Fault("status", "resolve", times=ENDLESS, status=429, headers={"Retry-After": "3600"}),
+        "TimeoutError: no answer in 3 s",
+    ),
+    "stall": (Fault("stall", times=ENDLESS), "TimeoutError: no answer in 3 s"),
+    "trickle": (Fault("trickle", times=ENDLESS), "TimeoutError: no answer in 3 s"),
+    "401": (Fault("status", "resolve", times=ENDLESS, status=401), "HTTP 401.*HF_TOKEN"),
+    "403": (Fault("status", "resolve", times=ENDLESS, status=403), "HTTP 403.*terms"),
+    "404": (Fault("status", "resolve", times=ENDLESS, status=404), "HTTP 404.*check path"),
+    "416": (Fault("status", "storage", times=ENDLESS, status=416), "HTTP 416.*start again"),
 }
 
 
-@pytest.mark.parametrize("fault", ENDLESS)
-def test_a_fault_that_stays_ends_in_bounded_time_and_names_rank_corpus_shard_and_reason(
-    hub, client, fault
-):
-    remote = {"timeout_seconds": 0.3, "patience_seconds": 1, "first_wait_seconds": 0.1}
-    sent = client("open_shards", "speech", [clean()], **remote)["result"]
-    hub.faults.append(Fault(**vars(ENDLESS[fault])))
-    outcome = client("read", sent, [1], 5)
-    where = "corpus speech, openslr/librispeech_asr/clean/train.100/0000.parquet, row group 1: "
-    assert "rank 5 on" in outcome["error"]
-    assert where in outcome["error"]
-    assert "gave up after attempt" in outcome["error"]
-    assert outcome["seconds"] < 1 + 1 + BUSY
-    assert len(outcome["lines"]) >= 1
+@pytest.mark.parametrize("name", ENDS)
+def test_what_stays_ends_in_bounded_time_and_names_rank_corpus_file_and_reason(hub, name):
+    blocks = Blocks(opened("librispeech").parts["train"], 5, 3)
+    hub.reset()
+    fault, said = ENDS[name]
+    hub.faults.append(Fault(**vars(fault)))
+    began = time.monotonic()
+    with pytest.raises(DataError, match=WHERE + f".*{said}") as caught:
+        hub_client.in_a_fork(hub_client.rows_of, blocks, [1])
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - began < 3 + BUSY
+    if fault.status in (401, 403, 404, 416):
+        assert sum("/storage/" in line for line in hub.log) <= 2  # no retry can cure it
+    hub.reset()
 
 
-def test_a_wait_that_is_asked_for_and_longer_than_patience_ends_at_once(hub, client, opened):
-    hub.faults.append(
-        Fault("status", "resolve", times=99, status=429, headers={"Retry-After": "3600"})
-    )
-    outcome = client("read", opened, [1])
-    assert "the server asks for 3600 s" in outcome["error"]
-    assert outcome["seconds"] < 2 + BUSY
+FAR = {
+    "404": (Fault("status", "resolve", ".wav", ENDLESS, status=404), "HTTP 404.*check path"),
+    "trickle": (Fault("trickle", path=".wav", times=ENDLESS), "TimeoutError: no answer in 3 s"),
+    "cut": (Fault("cut", path=".wav", times=2), None),
+}
 
 
-@pytest.mark.parametrize(
-    ("status", "remedy"),
-    [(401, "HF_TOKEN"), (403, "terms"), (404, "start again"), (416, "shorter")],
-)
-def test_what_no_retry_cures_ends_at_once_with_the_remedy(hub, client, opened, status, remedy):
-    hub.faults.append(Fault("status", "resolve", times=99, status=status))
-    outcome = client("read", opened, [1])
-    assert f"HTTP {status}" in outcome["error"]
-    assert remedy in outcome["error"]
-    assert "row group 1" in outcome["error"]
-    assert hub.requests["resolve"] == 1
-    assert not outcome["lines"]
+@pytest.mark.parametrize("name", FAR)
+def test_a_recording_at_a_url_is_borne_and_bounded_as_a_block_is(hub, name):
+    blocks = Blocks(opened("chime3").noise("train"), 5)
+    ((_, row),) = blocks.rows(0, 0, ("key",))
+    fault, said = FAR[name]
+    hub.faults.append(Fault(**vars(fault)))
+    if said is None:
+        assert len(hub_client.stretch(row, 16_000)) == 16_000
+        return
+    where = rf"rank 5 on \S+, corpus chime3, hf://datasets/{NOISE}@\S+/BGD_\S+\.wav: .*{said}"
+    began = time.monotonic()
+    with pytest.raises(DataError, match=where):
+        hub_client.in_a_fork(hub_client.stretch, row, 16_000, 3)
+    assert time.monotonic() - began < 3 + BUSY
 
 
 OPENING = {
-    "the card": Fault("status", "resolve", "README.md", times=2),
-    "the commit": Fault("status", "revision", "", times=2, status=500),
-    "the list": Fault("status", "tree", "", times=1, status=429),
-    "a footer": Fault("cut", "storage", times=2),
-    "a stalled list": Fault("stall", "tree", "", times=1, seconds=1),
+    "the card": Fault("status", "resolve", "README.md", headers=RETRIED),
+    "the list": Fault("status", "tree", "", status=429, headers=RETRIED),
+    "a footer": Fault("cut", times=2),
 }
 
 
-@pytest.mark.parametrize("fault", OPENING)
-def test_opening_survives_faults(hub, client, copy_of_hub, fault):
-    repo, _ = copy_of_hub
-    hub.faults.append(Fault(**vars(OPENING[fault])))
-    outcome = client("open_shards", "speech", [clean(repo)], **FAST)
-    assert "error" not in outcome, outcome["error"]
-    assert pickle.loads(outcome["result"]).rows.tolist() == [8, 8, 3, 5]
-    assert hub.faults[0].times == 0
+@pytest.mark.parametrize("name", OPENING)
+def test_opening_survives_faults(hub, copy_of_hub, name):
+    hub.faults.append(Fault(**vars(OPENING[name])))
+    source = f"[{{path: {copy_of_hub[0]}, config: clean, split: train.100}}]"
+    corpus = opened("librispeech", 60, "--corpora.librispeech.sources", source)
+    assert len(corpus.parts["train"][0].blocks) == 4
+    assert hub.faults[0].times < OPENING[name].times
 
 
 @pytest.mark.parametrize("kind", ["status", "stall"])
-@pytest.mark.parametrize("route", ["tree", "resolve"])
-def test_opening_ends_in_bounded_time_where_a_fault_stays(hub, client, copy_of_hub, kind, route):
-    repo, _ = copy_of_hub
-    hub.faults.append(Fault(kind, route, "", times=10_000))
-    remote = {"timeout_seconds": 0.3, "patience_seconds": 1, "first_wait_seconds": 0.1}
-    outcome = client("open_shards", "speech", [clean(repo)], **remote)
-    assert f"corpus speech, source {repo}" in outcome["error"]
-    assert "rank 0 on" in outcome["error"]
-    assert outcome["seconds"] < 2 * 1 + 1 + BUSY
+@pytest.mark.parametrize("route", ["tree", "storage"])
+def test_opening_ends_in_bounded_time_where_a_fault_stays(hub, kind, route):
+    hub.faults.append(Fault(kind, route, "", times=ENDLESS))
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=r"^corpora\.librispeech: TimeoutError: no answer in 3 s"):
+        hub_client.in_a_fork(opened, "librispeech", 3)
+    assert time.monotonic() - began < 3 + BUSY

@@ -12,11 +12,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mtl_dist.config import load_config
+from mtl_dist.data.batches import Read
 from mtl_dist.evaluation import Evaluation
 from mtl_dist.monitor import Monitor
 from mtl_dist.round import RoundReport
 from mtl_dist.run_folder import RunFolder
-from mtl_dist.streams.batches import Read
 
 TIMES = {"time/data": 0.01, "time/slowest_rank": 3}
 

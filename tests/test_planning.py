@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import re
 
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
@@ -153,12 +155,46 @@ def test_an_evaluation_counts_where_it_needs_more_than_training(capsys):
 def test_the_arithmetic_is_that_of_the_run(corpora_root, tiny_experiment, capsys):
     words = tiny.tiny_words(corpora_root, "--train.micro_batch", "1")
     code, facts = plan(capsys, "--nodes", "1", "--gpus-per-node", "2", *words)
-    clips = len(tiny_experiment.table("audio_tagging"))
+    clips = tiny_experiment.clips("audio_tagging")
     truth = plan_rounds(load_config(words), clips, 2)
     assert code == 0
     assert (facts["micro_batch"], facts["accumulation"]) == (truth.micro_batch, truth.accumulation)
     assert (facts["rounds"], facts["rounds_per_epoch"]) == (truth.rounds, truth.rounds_per_epoch)
     assert facts["micro_steps"] == 4 * truth.accumulation
+
+
+def test_what_lanes_hold_is_a_row_group_each(corpora_root, tmp_path, capsys):
+    """By the sizes of the first row group of a prepared corpus; rows that are listed hold no audio."""
+    shards = tmp_path / "shards"
+    cli.main(["prepare", "librispeech", str(corpora_root / "LibriSpeech"), str(shards)])
+    capsys.readouterr()
+    first = min(shards.glob("*train*.parquet"))
+    truth = sum(
+        len(a["bytes"]) for a in pq.ParquetFile(first).read_row_group(0)["audio"].to_pylist()
+    )
+    words = tiny.tiny_words(
+        corpora_root, "--train.tasks", "[next_step]", "--train.main_task", "next_step"
+    )
+    words += [
+        "--tasks.next_step.sources",
+        "[librispeech]",
+        "--corpora.librispeech.root",
+        str(shards),
+    ]
+    for lanes, ranks in (("null", 1), ("2", 1), ("4", 2)):
+        world = ["--nodes", "1", "--gpus-per-node", str(ranks)]
+        facts = plan(capsys, *world, *words, "--data.lanes", lanes)[1]
+        assert facts["lanes"] == (4 if lanes == "null" else int(lanes))
+        assert facts["lane_bytes"] == facts["lanes"] * truth // ranks
+    listed = plan(capsys, *tiny.tiny_words(corpora_root))[1]
+    assert listed["lane_bytes"] == 0
+
+
+def test_the_longest_patience_is_shown(corpora_root, capsys):
+    words = tiny.tiny_words(corpora_root, "--run.timeout_seconds", "90")
+    for more, seconds in (([], 45), (["--remote.patience_seconds", "20"], 20)):
+        cli.main(["plan", *words, *more])
+        assert re.search(rf"longest patience +{seconds} s", capsys.readouterr().out)
 
 
 def test_ranks_that_do_not_divide_are_reported_with_the_nearest_nodes_that_do(capsys):

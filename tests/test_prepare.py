@@ -1,24 +1,75 @@
 """`mtl-dist prepare`: the prepared samples are the published ones, and the bytes do not know how they came about."""
 
+import argparse
 import csv
 import hashlib
 import io
+import json
 import shutil
 import tarfile
 import zipfile
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+import soxr
 import tiny
-from preparation import FOLDERS, SMALL, decoded, files_of, prepare, refused, rows_of, write_clips
+from datasets import load_dataset
 
-from mtl_dist.audio.reading import open_clip, read_stretch
-from mtl_dist.corpora.noise import SPLIT_SPANS
-from mtl_dist.preparing import encoding, sources
-from mtl_dist.preparing.pieces import Piece, expected_bytes, plan_shards
+from mtl_dist.audio.clips import ClipReader
+from mtl_dist.audio.reading import open_clip, sounding_span
+from mtl_dist.data import archives, prepare, shards
+from mtl_dist.data.corpora.corpus import SPLIT_SPANS
+
+FOLDERS = {"fsdkaggle2018": "FSDKaggle2018", "librispeech": "LibriSpeech", "chime3": "CHiME3"}
+SMALL = ("--rows_per_shard", "6", "--rows_per_group", "2")
+
+
+def run(*words: object) -> None:
+    """Run `mtl-dist prepare` in this process, with two workers unless told otherwise."""
+    parser = argparse.ArgumentParser()
+    prepare.add_prepare(parser.add_subparsers())
+    options, overrides = parser.parse_known_args(["prepare", *map(str, words)])
+    options.act(options, overrides)
+
+
+def prepared(kind: str, source: Path, out: Path, *words: object) -> dict:
+    """Prepare, and return the manifest."""
+    run(kind, source, out, *words)
+    return json.loads((out / "manifest.json").read_text())
+
+
+def counts(manifest: dict) -> dict[str, int]:
+    return {split: part["clips"] for split, part in manifest["splits"].items()}
+
+
+def rows_of(out: Path, split: str = "*") -> list[dict]:
+    files = sorted(out.glob(f"{split}-*.parquet"))
+    return [row for file in files for row in pq.read_table(file).to_pylist()]
+
+
+def decoded(row: dict) -> np.ndarray:
+    samples, rate = soundfile.read(io.BytesIO(row["audio"]["bytes"]), dtype="int16")
+    assert (rate, row["seconds"]) == (16_000, len(samples) / 16_000)
+    return samples
+
+
+def files_of(out: Path) -> dict[str, bytes]:
+    """Everything that is in OUT, but for unpacked archives."""
+    return {p.name: p.read_bytes() for p in out.iterdir() if p.name != "unpacked"}
+
+
+def write_clips(folder: Path, clips: int = 12, seconds: float = 0.1) -> Path:
+    """Write clips with labels by folder."""
+    rng = np.random.default_rng(0)
+    for n in range(clips):
+        path = folder / ("cat" if n % 2 else "dog") / f"{n:02d}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, rng.uniform(-0.5, 0.5, int(seconds * 16_000)), 16_000, "PCM_16")
+    return folder
 
 
 @pytest.fixture
@@ -26,55 +77,80 @@ def clips(tmp_path):
     return write_clips(tmp_path / "clips")
 
 
-@pytest.mark.parametrize("kind", ["fsdkaggle2018", "librispeech"])
-def test_prepared_samples_are_those_of_the_published_files(corpora_root, tmp_path, kind):
-    source = corpora_root / FOLDERS[kind]
-    prepare(kind, source, tmp_path / "out", *SMALL)
-    rows = {row["id"]: row for row in rows_of(tmp_path / "out")}
-    listed = sources.list_clips(kind, source, None, False).rows
-    assert len(listed) == {"fsdkaggle2018": 24 + 79, "librispeech": 15}[kind]
-    assert set(rows) == {clip["id"] for clip in listed}
-    for clip in listed:
-        row, samples = rows[clip["id"]], decoded(rows[clip["id"]])
-        assert [row[c] for c in ("label", "speaker", "split")] == [
-            clip[c] for c in ("label", "speaker", "split")
-        ]
-        if kind == "librispeech":
-            np.testing.assert_array_equal(samples, soundfile.read(clip["path"], dtype="int16")[0])
-        else:
-            with open_clip({"path": str(clip["path"])}) as file:
-                wave = read_stretch(file, 0, file.frames, 16_000)
-            np.testing.assert_allclose(samples / 32_768, wave.clip(-1, 1), atol=1.01 * 2**-16)
+@pytest.mark.parametrize("encoding", ["flac", "wav"])
+def test_samples_and_their_sounding_span_are_what_soundfile_and_soxr_say(
+    corpora_root, tmp_path, encoding
+):
+    for kind, count in (("fsdkaggle2018", 24 + 79), ("librispeech", 15)):
+        source, out = corpora_root / FOLDERS[kind], tmp_path / kind
+        prepared(kind, source, out, *SMALL, "--encoding", encoding)
+        paths = {p.stem: p for p in source.rglob("*.*") if p.suffix in (".wav", ".flac")}
+        rows = rows_of(out)
+        assert len({row["id"] for row in rows}) == len(rows) == len(paths) == count
+        for row in rows:
+            wave, rate = soundfile.read(paths[Path(row["id"]).stem], dtype="float32")
+            if rate != 16_000:
+                wave = soxr.resample(wave, rate, 16_000, quality="HQ")
+            truth = np.rint(wave * 32_768).clip(-32_768, 32_767).astype(int)
+            samples = decoded(row)
+            assert abs(len(samples) - len(truth)) <= 1
+            n = min(len(samples), len(truth))
+            assert np.abs(samples[:n] - truth[:n]).max() <= (0 if rate == 16_000 else 1)
+            with open_clip(row["audio"]) as file:
+                span = sounding_span(file, ClipReader.silence_db)
+            assert (row["sound_start"], row["sound_stop"]) == span
+            assert row["silence_db"] == ClipReader.silence_db
+            assert row["audio"]["path"] == f"{row['id']}.{encoding}"
 
 
-def test_rows_have_the_ids_and_splits_of_the_published_corpora(corpora_root, tmp_path):
-    manifests = {
-        kind: prepare(kind, corpora_root / folder, tmp_path / kind)
-        for kind, folder in FOLDERS.items()
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_the_folder_loads_as_a_data_set_with_the_splits_of_its_manifest(
+    corpora_root, tmp_path, kind
+):
+    out = tmp_path / "out"
+    manifest = prepared(kind, corpora_root / FOLDERS[kind], out, *SMALL)
+    counts = {split: part["clips"] for split, part in manifest["splits"].items()}
+    assert (
+        counts
+        == {
+            "fsdkaggle2018": {"train": 24, "test": 79},
+            "librispeech": {"train.clean.100": 9, "validation": 3, "test": 3},
+            "chime3": {"train": 4, "validation": 4, "test": 4},
+        }[kind]
+    )
+    assert (manifest["format"], manifest["kind"], manifest["rate"]) == (2, kind, 16_000)
+    assert manifest["classes"] == (sorted(tiny.CLASSES) if kind == "fsdkaggle2018" else [])
+    assert set(load_dataset(str(out), streaming=True)) == set(manifest["splits"])
+    for split, part in manifest["splits"].items():
+        rows = list(load_dataset(str(out), split=split, streaming=True).decode(False))
+        assert rows == rows_of(out, split.replace(".", "-"))
+        assert part["hours"] == pytest.approx(sum(len(decoded(r)) for r in rows) / 16_000 / 3600)
+        for file in part["files"]:
+            there = pq.ParquetFile(out / file["file"]).metadata
+            assert (file["rows"], file["row_groups"]) == (there.num_rows, there.num_row_groups)
+            assert there.num_rows <= 6
+            assert there.num_row_groups == -(-there.num_rows // 2)
+
+
+def test_speakers_of_validation_and_test_are_not_trained_on(corpora_root, tmp_path):
+    source = tmp_path / "LibriSpeech"
+    shutil.copytree(corpora_root / "LibriSpeech", source)
+    words = ("--heldout_share", "0.4")
+    prepared("librispeech", source, tmp_path / "held", *words)
+    speakers = {
+        s: {row["speaker"] for row in rows_of(tmp_path / "held", s)}
+        for s in ("train*", "v*", "test")
     }
-    first = {kind: min(row["id"] for row in rows_of(tmp_path / kind, "t*")) for kind in FOLDERS}
-    assert first == {
-        "fsdkaggle2018": "test000.wav",
-        "librispeech": "train-clean-100/101-7-0000",
-        "chime3": "BGD_900101_010_BUS.CH1_0000",
-    }
-    clips = {
-        kind: {s: part["clips"] for s, part in m["splits"].items()} for kind, m in manifests.items()
-    }
-    assert clips == {
-        "fsdkaggle2018": {"test": 79, "train": 24},
-        "librispeech": {"train-clean-100": 15},
-        "chime3": {"train": 4, "validation": 4, "test": 4},
-    }
-    assert manifests["fsdkaggle2018"]["classes"] == sorted(tiny.CLASSES)
-    for kind, manifest in manifests.items():
-        assert (manifest["format"], manifest["kind"], manifest["rate"]) == (1, kind, 16_000)
-        for split, part in manifest["splits"].items():
-            rows = rows_of(tmp_path / kind, split)
-            assert {row["split"] for row in rows} == {split}
-            assert part["hours"] == pytest.approx(sum(r["seconds"] for r in rows) / 3600)
-            assert part["clips"] == len(rows) == sum(shard["rows"] for shard in part["shards"])
-    assert pq.ParquetFile(next((tmp_path / "chime3").glob("train-*"))).num_row_groups == 4
+    assert [len(found) for found in speakers.values()] == [1, 2, 2]
+    assert len(set.union(*speakers.values())) == 5
+    for split in ("dev-clean", "test-other"):
+        shutil.copytree(source / "train-clean-100", source / split)
+    manifest = prepared("librispeech", source, tmp_path / "published", *words)
+    assert counts(manifest) == {"train.clean.100": 15, "validation": 15, "test": 15}
+    assert all(r["id"].startswith("dev-clean/") for r in rows_of(tmp_path / "published", "v*"))
+    words = ("--splits", "train-clean-100", "dev-clean")
+    manifest = prepared("librispeech", source, tmp_path / "chosen", *words)
+    assert counts(manifest) == {"train.clean.100": 12, "validation": 15, "test": 3}
 
 
 @pytest.mark.parametrize("rate", [16_000, 44_100])
@@ -83,12 +159,9 @@ def test_the_pieces_of_a_recording_side_by_side_are_what_each_split_may_hear(tmp
     path = tmp_path / "chime" / "BGD_150203_010_STR.CH3.wav"
     path.parent.mkdir()
     soundfile.write(path, wave, rate, "PCM_16")
-    manifest = prepare("chime3", path.parent, tmp_path / "out")
-    assert {s: part["clips"] for s, part in manifest["splits"].items()} == {
-        "train": 4,
-        "validation": 1,
-        "test": 1,
-    }
+    manifest = prepared("chime3", path.parent, tmp_path / "out")
+    assert manifest["settings"]["encoding"] == "wav"
+    assert counts(manifest) == {"train": 4, "validation": 1, "test": 1}
     for split, (low, high) in SPLIT_SPANS.items():
         rows = sorted(rows_of(tmp_path / "out", split), key=lambda row: row["id"])
         assert all(3.7 < row["seconds"] <= 10 for row in rows)
@@ -100,30 +173,35 @@ def test_the_pieces_of_a_recording_side_by_side_are_what_each_split_may_hear(tmp
             assert abs(len(heard) - (stop - start) * 16_000 / rate) < 3
 
 
-def test_every_clip_stands_once_in_an_order_of_the_seed_alone(corpora_root, tmp_path):
-    source = corpora_root / "FSDKaggle2018"
-    orders = {}
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        prepare("fsdkaggle2018", source, tmp_path / name, "--seed", str(seed), *SMALL)
+def test_the_order_is_one_of_the_seed_and_the_bytes_do_not_know_the_workers(corpora_root, tmp_path):
+    source, orders = corpora_root / "FSDKaggle2018", {}
+    for name, seed, workers in (("a", 0, 1), ("b", 0, 3), ("c", 1, 2)):
+        words = (*SMALL, "--seed", seed, "--workers", workers)
+        prepared("fsdkaggle2018", source, tmp_path / name, *words)
         orders[name] = [row["id"] for row in rows_of(tmp_path / name, "test")]
-    listed = [f"test{n:03d}.wav" for n in range(79)]
-    assert sorted(orders["a"]) == sorted(orders["c"]) == listed
-    assert orders["a"] == orders["b"]
+    assert len(files_of(tmp_path / "a")) > 10
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    assert sorted(orders["a"]) == sorted(orders["c"]) == [f"test{n:03d}.wav" for n in range(79)]
     assert orders["a"] != orders["c"]
-    places = np.argsort(orders["a"])
-    assert abs(np.corrcoef(places, np.arange(79))[0, 1]) < 0.4  # sorted: 1
+    assert abs(np.corrcoef(np.argsort(orders["a"]), np.arange(79))[0, 1]) < 0.4  # sorted: 1
 
 
-def test_any_number_of_workers_writes_the_same_bytes(corpora_root, tmp_path):
-    for count in ("1", "3"):
-        source, out = corpora_root / "FSDKaggle2018", tmp_path / count
-        prepare("fsdkaggle2018", source, out, *SMALL, "--workers", count)
-    one, three = files_of(tmp_path / "1"), files_of(tmp_path / "3")
-    assert len(one) > 10
-    assert one == three
+@pytest.mark.parametrize("rate", [16_000, 44_100, 11_025])
+@pytest.mark.parametrize("seconds", [0.0001, 2.4, 2.6, 5.31])
+def test_a_long_file_in_stretches_is_the_file_in_one(tmp_path, monkeypatch, rate, seconds):
+    frames = max(1, round(seconds * rate))
+    wave, path = np.random.default_rng(0).uniform(-0.5, 0.5, frames), tmp_path / "a.wav"
+    soundfile.write(path, wave, rate, "PCM_16")
+    audio = {"path": str(path), "bytes": None}
+    truth, samples, _ = shards.encode(audio, 0, 0, "flac")
+    monkeypatch.setattr(shards, "STRETCH_SECONDS", 1)
+    data, count, _ = shards.encode(audio, 0, 0, "flac")
+    one, many = (soundfile.read(io.BytesIO(b), dtype="int16")[0] for b in (truth, data))
+    assert count == samples == max(1, round(frames * 16_000 / rate))
+    assert np.abs(one.astype(int) - many).max() <= (0 if rate == 16_000 else 4)
 
 
-def test_a_manifest_gives_labels_and_splits(clips, tmp_path):
+def test_a_manifest_and_folders_give_labels_and_splits(clips, tmp_path):
     table = tmp_path / "clips.csv"
     with open(table, "w", newline="") as lines:
         writer = csv.writer(lines)
@@ -131,70 +209,38 @@ def test_a_manifest_gives_labels_and_splits(clips, tmp_path):
         for n in range(12):
             folder = "cat" if n % 2 else "dog"
             writer.writerow([f"{folder}/{n:02d}.wav", folder, "test" if n > 8 else "train"])
-    manifest = prepare("folder", clips, tmp_path / "out", "--manifest", str(table))
-    assert manifest["classes"] == ["cat", "dog"]
-    assert {s: part["clips"] for s, part in manifest["splits"].items()} == {"train": 9, "test": 3}
-    assert all(row["label"] == row["id"].split("/")[0] for row in rows_of(tmp_path / "out"))
-    assert prepare("folder", clips, tmp_path / "plain")["classes"] == []
-    assert {row["label"] for row in rows_of(tmp_path / "plain")} == {None}
-
-
-@pytest.mark.parametrize("rate", [16_000, 44_100, 11_025])
-@pytest.mark.parametrize("seconds", [0.0001, 2.4, 2.6, 5.31])
-def test_a_long_file_in_stretches_is_the_file_in_one(tmp_path, monkeypatch, rate, seconds):
-    frames = max(1, round(seconds * rate))
-    wave = np.random.default_rng(0).uniform(-0.5, 0.5, frames)
-    soundfile.write(tmp_path / "a.wav", wave, rate, "PCM_16")
-    piece = Piece("a", str(tmp_path / "a.wav"), "a.wav", None, None, "train", 0, frames, rate)
-    truth, samples, _ = encoding.encode(piece)
-    monkeypatch.setattr(encoding, "STRETCH_SECONDS", 1)
-    data, count, _ = encoding.encode(piece)
-    one, many = (soundfile.read(io.BytesIO(b), dtype="int16")[0] for b in (truth, data))
-    assert count == samples == max(1, round(frames * 16_000 / rate))
-    assert np.abs(one.astype(int) - many).max() <= (0 if rate == 16_000 else 4)
-
-
-def test_shards_hold_whole_row_groups_and_about_as_much_as_was_asked_for():
-    rng = np.random.default_rng(0)
-    pieces = [
-        Piece(f"{n:04d}", "", "", None, None, "train", 0, int(rng.integers(8000, 240_000)), 16_000)
-        for n in range(5000)
-    ]
-    shards = plan_shards(pieces, 0, 16, 5.0)
-    planned = [piece.id for shard in shards for piece in shard.pieces]
-    assert sorted(planned) == [piece.id for piece in pieces]
-    assert all(len(shard.pieces) % 16 == 0 for shard in shards[:-1])
-    one_group = 16 * 15 * expected_bytes([pieces[0]]) / pieces[0].seconds
-    assert len(shards) == round(expected_bytes(pieces) / 5e6)
-    assert all(abs(expected_bytes(shard.pieces) - 5e6) < 1.1 * one_group for shard in shards)
-    assert shards[3].file == f"train-00003-of-{len(shards):05d}.parquet"
-
-
-def zipped(root: Path, into: Path) -> Path:
-    """Write the published archives of a FSDKaggle2018 folder."""
-    into.mkdir()
-    for part in root.iterdir():
-        with zipfile.ZipFile(into / f"{part.name}.zip", "w") as archive:
-            for file in part.iterdir():
-                archive.write(file, f"{part.name}/{file.name}")
-    return into
+    for name, words in (
+        ("table", ["--manifest", table]),
+        ("folders", ["--labelled"]),
+        ("none", []),
+    ):
+        manifest = prepared("folder", clips, tmp_path / name, *words)
+        assert counts(manifest) == ({"train": 9, "test": 3} if name == "table" else {"train": 12})
+        assert manifest["classes"] == ([] if name == "none" else ["cat", "dog"])
+        for row in rows_of(tmp_path / name):
+            assert row["label"] == (None if name == "none" else row["id"].split("/")[0])
 
 
 def test_published_archives_are_checked_and_unpacked_and_give_the_same_bytes(
-    corpora_root, tmp_path, monkeypatch, capsys
+    corpora_root, tmp_path, monkeypatch
 ):
-    archives = zipped(corpora_root / "FSDKaggle2018", tmp_path / "zips")
-    words = ("fsdkaggle2018", archives, tmp_path / "out")
-    assert "its md5 is" in (message := refused(*words))
-    assert "a8b47ff4b52022c178f88fa5c6f080d0" in message or "download it again" in message
-    md5 = {p.name: hashlib.md5(p.read_bytes()).hexdigest() for p in archives.iterdir()}
-    monkeypatch.setattr(sources, "MD5", md5)
-    prepare(*words)
-    assert f"rm -r {tmp_path / 'out' / 'unpacked'}" in capsys.readouterr().out
-    prepare("fsdkaggle2018", corpora_root / "FSDKaggle2018", tmp_path / "folder")
+    words, zips = ("fsdkaggle2018", tmp_path / "zips", tmp_path / "out"), tmp_path / "zips"
+    zips.mkdir()
+    for part in (corpora_root / "FSDKaggle2018").iterdir():
+        with zipfile.ZipFile(zips / f"{part.name}.zip", "w") as archive:
+            for file in part.iterdir():
+                archive.write(file, f"{part.name}/{file.name}")
+    with pytest.raises(
+        ValueError, match=r"its md5 is \w+, that of the published file \w+; download"
+    ):
+        run(*words)
+    md5 = {p.name: hashlib.md5(p.read_bytes()).hexdigest() for p in zips.iterdir()}
+    monkeypatch.setattr(archives, "MD5", md5)
+    prepared(*words)
+    prepared("fsdkaggle2018", corpora_root / "FSDKaggle2018", tmp_path / "folder")
     assert files_of(tmp_path / "out") == files_of(tmp_path / "folder")
     shutil.rmtree(tmp_path / "out" / "unpacked")
-    prepare(*words)  # finished: nothing is unpacked again
+    prepared(*words)  # finished: nothing is unpacked again
     assert not (tmp_path / "out" / "unpacked").exists()
 
 
@@ -202,12 +248,36 @@ def test_tars_of_unknown_md5_are_taken_with_a_note_and_broken_ones_refused(
     corpora_root, tmp_path, caplog
 ):
     (tmp_path / "tars").mkdir()
-    path = tmp_path / "tars" / "dev-tiny.tar.gz"
+    path = tmp_path / "tars" / "tiny.tar.gz"
     with tarfile.open(path, "w:gz") as archive:
         archive.add(corpora_root / "LibriSpeech", "LibriSpeech")
-    manifest = prepare("librispeech", tmp_path / "tars", tmp_path / "out")
-    assert manifest["splits"]["train-clean-100"]["clips"] == 15
-    assert "dev-tiny.tar.gz is taken unchecked: its md5 is not known" in caplog.text
+    manifest = prepared("librispeech", tmp_path / "tars", tmp_path / "out")
+    assert manifest["splits"]["train.clean.100"]["clips"] == 9
+    assert "tiny.tar.gz is taken unchecked: its md5 is not known" in caplog.text
     path.write_bytes(path.read_bytes()[:-2000])
-    message = refused("librispeech", tmp_path / "tars", tmp_path / "other")
-    assert "dev-tiny.tar.gz: cannot be unpacked" in message
+    with pytest.raises(ValueError, match=r"tiny\.tar\.gz: cannot be unpacked"):
+        run("librispeech", tmp_path / "tars", tmp_path / "other")
+
+
+def test_a_prepared_folder_is_uploaded_and_an_error_shows_no_token(clips, tmp_path, monkeypatch):
+    calls, failing = [], []
+
+    class Api:
+        def create_repo(self, **words):
+            if failing:
+                raise OSError("401: Bearer hf_abc is not valid (hf_Secret1)\nmore")
+            calls.append(words)
+
+        upload_folder = create_repo
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    prepared("folder", clips, tmp_path / "out", "--push_to_hub", "me/clips")
+    run("--verify", tmp_path / "out", "--push_to_hub", "me/clips")
+    assert [call["repo_type"] for call in calls] == ["dataset"] * 4
+    assert calls[0] == calls[2]
+    assert (calls[0]["private"], calls[0]["exist_ok"]) == (True, True)
+    assert calls[1]["folder_path"] == tmp_path / "out"
+    failing.append(True)
+    with pytest.raises(ValueError, match="--push_to_hub: me/clips could not be uploaded") as error:
+        run("--verify", tmp_path / "out", "--push_to_hub", "me/clips")
+    assert not any(secret in str(error.value) for secret in ("hf_abc", "hf_Secret1", "\n"))

@@ -3,12 +3,14 @@
 Training commands are shortened by overrides appended to them; corpora that cannot be downloaded are the made-up ones.
 """
 
+import io
 import json
 import os
 import re
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 import urllib.request
 from pathlib import Path
@@ -16,13 +18,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-import tars
 import worlds
 
 from mtl_dist.audio.clips import ClipReader
-from mtl_dist.corpora.folder import Folder
-from mtl_dist.corpora.synthetic import synthesise
-from mtl_dist.streams.sources import AUDIO_SUFFIXES
+from mtl_dist.data.corpora.folder import Folder
+from mtl_dist.data.corpora.synthetic import synthesise
+from mtl_dist.data.lanes import Blocks, Lane
+from mtl_dist.data.sources import AUDIO_SUFFIXES
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -47,7 +49,7 @@ def commands(first: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A working folder as the README's reader has it: the project, his corpora, mine.yaml and infill.py."""
+    """A working folder as the README's reader has it: the project, his corpora, the files that he is told to save."""
     folder = tmp_path_factory.mktemp("reader")
     for name in ("mtl_dist", "launch_configs", "Makefile", "pyproject.toml", "constraints.txt"):
         (folder / name).symlink_to(ROOT / name)
@@ -65,17 +67,19 @@ def folder(tmp_path_factory):
     lines = ["path,label", *(f"{audio / name},{label}" for name, label in rows)]
     (folder / "clips.csv").write_text("\n".join(lines) + "\n")
     utterances = sorted((made / "LibriSpeech").rglob("*.flac"))
+    (folder / "tars").mkdir()
     for number in range(3):
-        files = []
-        for path in utterances[number::3]:
-            about = json.dumps({"reader": path.name.partition("-")[0]}).encode()
-            files += [(path.name, path.read_bytes()), (f"{path.stem}.json", about)]
-        tars.pack(folder / f"tars/train-{number:05d}.tar", files)
+        with tarfile.open(folder / f"tars/train-{number:05d}.tar", "w") as tar:
+            for path in utterances[number::3]:
+                tar.add(path, path.name)
+                about = json.dumps({"reader": path.name.partition("-")[0]}).encode()
+                info = tarfile.TarInfo(f"{path.stem}.json")
+                info.size = len(about)
+                tar.addfile(info, io.BytesIO(about))
     for name in ("mine.yaml", "mixed.yaml"):
         (folder / name).write_text(next(b for b in blocks("yaml") if b.startswith(f"# {name}")))
-    (folder / "infill.py").write_text(
-        next(b for b in blocks("python") if b.startswith("# infill.py"))
-    )
+    for name in ("infill.py", "my_corpus.py"):
+        (folder / name).write_text(next(b for b in blocks("python") if b.startswith(f"# {name}")))
     return folder
 
 
@@ -224,9 +228,9 @@ def test_the_folder_formats_that_the_readme_names_are_read(tmp_path):
         soundfile.write(
             tmp_path / f"clip.{suffix}", np.full(8000, 0.5), 16_000, subtype, format=kind
         )
-    corpus = Folder(root=str(tmp_path), validation_share=0, test_share=0).load("folder", 0)
-    reader = ClipReader(rate=16_000)
-    waves = [
-        reader.crop(row, 4000, np.random.default_rng(0)).wave for row in corpus.splits["train"]
-    ]
-    assert [len(wave) for wave in waves] == [4000] * len(named)
+    corpus = Folder(root=str(tmp_path), validation_share=0, test_share=0).open("folder", 0)
+    lane, reader = Lane(Blocks(corpus.parts["train"]), 1, 0, ("test",)), ClipReader(rate=16_000)
+    rows = [next(lane)[1] for _ in named]
+    assert {row.id for row in rows} == {f"folder/clip.{suffix}" for suffix in named}
+    for row in rows:
+        assert len(reader.crop(row, 4000, np.random.default_rng(0)).wave) == 4000, row.id

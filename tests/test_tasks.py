@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtl_dist.audio.clips import Clip
-from mtl_dist.streams.batches import keyed_generators
-from mtl_dist.streams.keys import generator
+from mtl_dist.audio.clips import Background, Clip
+from mtl_dist.data.batches import keyed_generators
+from mtl_dist.data.keys import generator
+from mtl_dist.data.lanes import Blocks, Lane
 from mtl_dist.tasks import TASKS, TaskBatch, TaskContext
 
 REGRESSION = ["next_step", "noise_reduction", "upsampling"]
@@ -53,7 +54,7 @@ def random_batch(seed: int, valid: list[int], samples: int = T) -> tuple[TaskBat
 
 def regression_task(name: str, field: int = 15, rate: int = 16_000, **settings_):
     """A task as the paper has it, without corpora (noise_reduction: use the experiment's)."""
-    context = TaskContext(corpora={}, rate=rate, crop_samples=max(T, field), receptive_field=field)
+    context = TaskContext(classes={}, rate=rate, crop_samples=max(T, field), receptive_field=field)
     return TASKS[name](TASKS[name].Config(sources=["any"], **settings_), context)
 
 
@@ -150,6 +151,13 @@ def test_upsampling_hears_librosas_4_khz_with_every_sample_repeated(samples):
     assert batch.valid.tolist() == [samples]
 
 
+def backgrounds(experiment, split: str, number: int) -> list[dict[str, Background]]:
+    """What may lie beside so many clips of noise_reduction."""
+    corpus = experiment.tasks["noise_reduction"].config.noise
+    lane = Lane(Blocks(experiment.corpora[corpus].noise(split)), 1, 0, ("test",))
+    return [{corpus: Background(next(lane)[1], experiment.reader.rate)} for _ in range(number)]
+
+
 class Recorder:
     """A generator that remembers what its `uniform` returned."""
 
@@ -174,8 +182,14 @@ def test_noise_has_exactly_the_snr_that_was_drawn(tiny_experiment):
 
     rng = np.random.default_rng(1)
     clips = [
-        Clip(id=f"clip {i}", wave=rng.uniform(-a, a, n).astype(np.float32))
-        for i, (n, a) in enumerate([(800, 1.0), (300, 1.0), (800, 0.1), (50, 0.02), (1, 0.5)])
+        Clip(id=f"clip {i}", wave=rng.uniform(-a, a, n).astype(np.float32), backgrounds=beside)
+        for i, ((n, a), beside) in enumerate(
+            zip(
+                [(800, 1.0), (300, 1.0), (800, 0.1), (50, 0.02), (1, 0.5)],
+                backgrounds(tiny_experiment, "train", 5),
+                strict=True,
+            )
+        )
     ]
     batch = task.prepare(clips, keyed)
     assert batch.inputs.abs().max() <= 1.0
@@ -207,16 +221,13 @@ def test_a_clip_whose_background_is_silent_is_no_score_of_noise_reduction(tiny_e
             assert bool(metrics[name][0] != 0) == bool(heard)
 
 
-def test_noise_of_a_split_is_not_heard_in_another(tiny_experiment):
+def test_noise_of_a_split_is_not_heard_in_another(tiny_experiment, corpora_root):
     """Training hears the first 80 % of a recording only: the noise must be found there, sample for sample."""
-    task = tiny_experiment.tasks["noise_reduction"]
-    rows = tiny_experiment.corpora[task.config.noise].splits["train"]
-    files = [audio["path"] for audio in rows["audio"]]
-    waves = [librosa.load(path, sr=None)[0] for path in files]
+    waves = [librosa.load(path, sr=None)[0] for path in (corpora_root / "CHiME3").rglob("*.wav")]
     shares = {"train": (0.0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1.0)}
     for split, (low, high) in shares.items():
-        for i in range(5):
-            noise = task.noise.draw(100, split, generator(i, split))
+        for i, beside in enumerate(backgrounds(tiny_experiment, split, 8)):
+            noise = beside["chime3"].cut(100, generator(i, split))
             places = [
                 (place, len(wave))
                 for wave in waves
@@ -235,8 +246,15 @@ def test_the_batch_of_a_clip_does_not_depend_on_its_neighbours(tiny_experiment, 
     keyed = keyed_generators(0, name, 3)
     rng = np.random.default_rng(2)
     clips = [
-        Clip(id=f"clip {i}", wave=rng.uniform(-1, 1, n).astype(np.float32), label=i % 3)
-        for i, n in enumerate([800, 300, 0, 1])
+        Clip(
+            id=f"clip {i}",
+            wave=rng.uniform(-1, 1, n).astype(np.float32),
+            label=i % 3,
+            backgrounds=beside,
+        )
+        for i, (n, beside) in enumerate(
+            zip([800, 300, 0, 1], backgrounds(tiny_experiment, "train", 4), strict=True)
+        )
     ]
     together = task.prepare(clips, keyed)
     for i, clip in enumerate(clips):
@@ -247,7 +265,7 @@ def test_the_batch_of_a_clip_does_not_depend_on_its_neighbours(tiny_experiment, 
 
 def test_a_crop_no_longer_than_the_delay_is_refused_because_nothing_would_be_compared():
     config = TASKS["upsampling"].Config(sources=["speech"], crop_seconds=PAPER_DELAY / 16_000)
-    context = TaskContext(corpora={}, rate=16_000, crop_samples=32_000, receptive_field=PAPER_FIELD)
+    context = TaskContext(classes={}, rate=16_000, crop_samples=32_000, receptive_field=PAPER_FIELD)
     with pytest.raises(ValueError, match=r"tasks\.upsampling\.crop_seconds: 94 samples"):
         TASKS["upsampling"](config, context)
     one_more = dataclasses.replace(config, crop_seconds=(PAPER_DELAY + 1) / 16_000)

@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 
 from mtl_dist import checkpoint
 from mtl_dist.config import ConfigError, load_config
+from mtl_dist.data.corpora.corpus import make_corpus
+from mtl_dist.data.corpora.listing import Listing
 from mtl_dist.evaluation import evaluate
-from mtl_dist.experiment import build_experiment, fingerprint
+from mtl_dist.experiment import build_experiment
 from mtl_dist.micro_batch import plan_together
 from mtl_dist.models.wavenet import WaveNetTrunk
 from mtl_dist.phases import Phases
@@ -85,7 +87,7 @@ def test_an_epoch_is_one_pass_over_the_main_tasks_training_clips(make_trainer):
     clips, batch = trainer.main_clips, trainer.config.train.global_batch
     seen = []
     for round_ in range(30):
-        trainer.state.positions["audio_tagging"] = round_ * batch
+        trainer.state.round = round_
         seen.append(trainer.epoch())
     assert seen == [round_ * batch // clips for round_ in range(30)]
     assert max(seen) >= 2
@@ -96,24 +98,33 @@ def test_other_clips_or_labels_than_the_checkpoints_are_refused(make_trainer):
     trainer.train()
     (path,) = checkpoint.whole_checkpoints(folder.checkpoints)
     state = json.loads((path / "state.json").read_text())
-    assert set(state["tables"]) == {"corpora.fsdkaggle2018"}
-    state["tables"]["corpora.fsdkaggle2018"] = "of other clips"
+    (table,) = state["tables"]
+    assert table == "corpora.fsdkaggle2018, source 0: its training clips"
+    state["tables"][table] = "of other clips"
     text = json.dumps(state)
     (path / "state.json").write_text(text)
     sizes = json.loads((path / checkpoint.MARKER).read_text()) | {"state.json": len(text)}
     (path / checkpoint.MARKER).write_text(json.dumps(sizes))
-    with pytest.raises(ConfigError, match=r"corpora.fsdkaggle2018: the training clips are not"):
+    with pytest.raises(ConfigError, match=rf"{table} changed since {path} was written"):
         make_trainer("--train.rounds", "3", "--train.validate_every", "2", "--run.resume", "auto")
 
 
-def test_a_fingerprint_tells_clips_order_and_labels_apart(tiny_experiment):
-    table = tiny_experiment.table("audio_tagging").rows
-    relabelled = table.map(lambda row: {"label": 0})
-    seen = {
-        fingerprint(t) for t in (table, table.select(range(5)), table.select([1, 0]), relabelled)
-    }
-    assert len(seen) == 4
-    assert fingerprint(table) == fingerprint(tiny_experiment.table("audio_tagging").rows)
+def test_a_fingerprint_tells_training_clips_and_labels_apart_and_nothing_else():
+    rows = [
+        {"id": str(i), "path": f"{i}.wav", "label": "ab"[i % 2], "split": "train"} for i in range(6)
+    ]
+    rows.append(rows[0] | {"id": "held", "split": "test"})
+
+    def fingerprint(changed: list[dict]) -> str:
+        (digest,) = make_corpus("c", Listing(rows=changed)).fingerprint().values()
+        return digest
+
+    first = rows[0]
+    others = [rows[1:], [first | {"label": "b"}, *rows[1:]], [first | {"id": "x"}, *rows[1:]]]
+    assert len({fingerprint(changed) for changed in [rows, *others]}) == 4
+    moved = [row | {"path": f"elsewhere/{row['path']}"} for row in rows]
+    for same in (rows[::-1], rows[:-1], moved):
+        assert fingerprint(same) == fingerprint(rows)
 
 
 def test_a_checkpoint_of_the_right_size_but_unreadable_is_skipped(make_trainer):

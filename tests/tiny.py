@@ -109,7 +109,7 @@ def listen(experiment, replace=setattr) -> dict[str, list[str]]:
     for name, task in experiment.tasks.items():
 
         def note(row, *arguments, ids=heard[name], asked=task.evaluation_clips):
-            ids.append(row["id"])
+            ids.append(row.id)
             return asked(row, *arguments)
 
         replace(task, "evaluation_clips", note)

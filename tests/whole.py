@@ -10,16 +10,17 @@ import shutil
 from pathlib import Path
 
 import big_batch
+import hearing
 import numpy as np
 import soundfile
 import tiny
 import torch
 
 from mtl_dist.config import load_config
+from mtl_dist.data.batches import MicroBatch
+from mtl_dist.data.loader import Round
 from mtl_dist.experiment import Experiment, build_experiment
 from mtl_dist.runtime import World
-from mtl_dist.streams.batches import MicroBatch, prepare
-from mtl_dist.streams.rounds import Round
 
 LONGEST = 0.12
 """Seconds: most clips of 0.04 to 0.5 s are longer."""
@@ -45,8 +46,8 @@ def write_uneven(corpora: Path, root: Path) -> Path:
         os.symlink(corpora / name, root / name)
     shutil.copytree(corpora / "FSDKaggle2018", root / "FSDKaggle2018")
     rng, rate = np.random.default_rng(0), tiny.FSD_RATE
-    table = build(root).table("audio_tagging")
-    paths = dict(zip(table["id"], (audio["path"] for audio in table["audio"]), strict=True))
+    rows = hearing.training_rows(build(root), "audio_tagging")
+    paths = {row.id: row.audio["path"] for _, row in rows}
     first = rounds(build(root), 1)[0].micro_batches["audio_tagging"][0].ids
     for clip, samples in zip(first, (0, 1, rate // 100, rate), strict=False):
         soundfile.write(paths[clip], rng.uniform(-0.5, 0.5, samples), rate, "PCM_16")
@@ -61,19 +62,16 @@ def rounds(
     experiment, number: int, world=ALONE, workers: int = 0, accumulation: int = 1
 ) -> list[Round]:
     """A rank's rounds from the real stream."""
-    positions = dict.fromkeys(experiment.tasks, 0)
-    stream = experiment.rounds(world, accumulation, 0, positions)
-    found = stream.rounds(workers, pin_memory=False)
+    found = experiment.rounds(world, accumulation, 0, {}).rounds(workers, pin_memory=False)
     listed = list(itertools.islice(found, number))
     found.close()
     return listed
 
 
-def alone(experiment, name: str, clip: str, epoch: int = 0) -> MicroBatch:
-    """A training clip in a batch of its own."""
-    table = experiment.table(name)
-    row = table[table["id"][:].index(clip)]
-    return prepare(experiment.tasks[name], [(epoch, row)], experiment.reader, 0)[0]
+def alone(experiment, name: str, ids: list[str]) -> list[MicroBatch]:
+    """Training clips of the first epoch, each in a batch of its own."""
+    rows = {row.id: row for _, row in hearing.training_rows(experiment, name)}
+    return [hearing.batch_of(experiment, name, [(0, rows[clip])], bad=None) for clip in ids]
 
 
 def true_gradients(model, experiment, ids: dict[str, list[str]]) -> dict[str, torch.Tensor]:
@@ -82,8 +80,8 @@ def true_gradients(model, experiment, ids: dict[str, list[str]]) -> dict[str, to
     delay, total = (twin.trunk.receptive_field - 1) // 2, 0.0
     for name, clips in ids.items():
         terms = []
-        for clip in clips:
-            batch = alone(experiment, name, clip).batch
+        for micro in alone(experiment, name, clips):
+            batch = micro.batch
             length = int(batch.valid)
             if length > (name == "next_step"):
                 batch = batch.with_samples(length + ZEROS * (name != "audio_tagging"))

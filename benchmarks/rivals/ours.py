@@ -48,7 +48,7 @@ def experiment(librispeech: Path, chime3: Path) -> Experiment:
 
 def batches_from(librispeech: Path, chime3: Path, workers: int) -> Iterator[common.Batch]:
     """Yield batches of the rounds of one rank."""
-    stream = experiment(librispeech, chime3).rounds(World(), 1, 0, {"both_inputs": 0})
+    stream = experiment(librispeech, chime3).rounds(World(), 1, 0, {})
     for round_ in stream.rounds(workers, pin_memory=False):
         batch = round_.micro_batches["both_inputs"][0].batch
         yield batch.inputs[:, 0], batch.inputs[:, 1], batch.targets

@@ -13,7 +13,7 @@ NAME = "ours from prepared shards, FLAC"
 def write(work: Path, encoding: str = "flac") -> None:
     """Prepare both corpora, the utterances in this encoding, the backgrounds in their own."""
     out = work / f"prepared_{encoding}"
-    for kind, *words in (("librispeech", "--encoding", encoding, "--shard_mb", "64"), ("chime3",)):
+    for kind, *words in (("librispeech", "--encoding", encoding), ("chime3",)):
         source = work / ("LibriSpeech" if kind == "librispeech" else "CHiME3")
         words = [kind, str(source), str(out / kind), *words]
         subprocess.run([sys.executable, "-m", "mtl_dist.cli", "prepare", *words], check=True)

@@ -24,15 +24,15 @@ from loading import cpu_seconds
 from rivals import common, ours_folders, ours_prepared, ours_prepared_wav
 
 STAGES = {
-    "rows, and their blocks": ("table.py", "read", None),
-    "- reading blocks (speech and noise)": ("shards.py", "read", None),
+    "rows, and their blocks": ("lanes.py", "__next__", None),
+    "- reading blocks (speech and noise)": ("faults.py", "call_with_timeout", None),
     "keyed generators": ("keys.py", "generator", None),
-    "the crop: open, ends, read, normalise": ("clips.py", "crop", None),
+    "the crop: open, ends, read, normalise": ("batches.py", "read_crops", None),
     "- finding the sounding span": ("reading.py", "sounding_span", None),
     "- reading the stretch": ("reading.py", "read_stretch", "crop"),
     "- normalising": ("transforms.py", "peak_normalise", None),
     "the task: noise, mix, held input, padding": ("ours.py", "prepare", None),
-    "- drawing noise": ("noise.py", "draw", None),
+    "- cutting noise": ("clips.py", "cut", None),
     "- mixing": ("transforms.py", "mix_at_snr", None),
     "- held 4 kHz input": ("transforms.py", "hold_samples", None),
     "- padding to tensors": ("base.py", "pad_waves", None),

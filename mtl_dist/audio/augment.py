@@ -99,13 +99,10 @@ class Augmentation:
 
     Every kind draws from a generator of its own, keyed(clip id, "augment KIND"): first whether, then how much, then the
     noise. So neither switching one on nor its probability moves any other draw.
-
-    Args:
-        background: (samples, split, generator) -> (samples,) of noise; None for white noise.
     """
 
-    def __init__(self, config: AugmentConfig, rate: int, background: Callable | None = None):
-        self.config, self.rate, self.background = config, rate, background
+    def __init__(self, config: AugmentConfig, rate: int):
+        self.config, self.rate = config, rate
         kinds = {
             "pitch": (config.pitch_semitones, config.pitch_probability, self._pitch),
             "shift": (config.shift_seconds, config.shift_probability, self._shift),
@@ -122,7 +119,7 @@ class Augmentation:
         """Return the clip, changed, of the same length; an absent clip stays absent.
 
         Raises:
-            BadClipError: the background recording that was drawn cannot be read.
+            BadClipError: the background recording beside the clip cannot be read.
         """
         for kind, (span, probability, change) in self.kinds.items() if len(clip.wave) else ():
             draw = keyed(clip.id, f"augment {kind}")
@@ -141,10 +138,10 @@ class Augmentation:
         return shift_time(clip.wave, int(seconds * self.rate * share))
 
     def _noise(self, clip: Clip, snr_db: float, draw: np.random.Generator) -> np.ndarray:
-        if self.background is None:
+        if self.config.noise is None:
             noise = draw.standard_normal(len(clip.wave), dtype=np.float32)
         else:
-            noise = self.background(len(clip.wave), clip.split, draw)
+            noise = clip.backgrounds[self.config.noise].cut(len(clip.wave), draw)
         return inject_noise(clip.wave, noise, snr_db)
 
     def _gain(self, clip: Clip, gain_db: float, draw: np.random.Generator) -> np.ndarray:

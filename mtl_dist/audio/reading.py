@@ -1,21 +1,19 @@
 """Read audio as stretches: mono float32 at the wanted rate, never more of a file than is needed.
 
-A file is a mapping {"path": str | None, "bytes": bytes | None}, as Hugging Face `datasets` stores audio; of one that lies
-far away {"path": its name, "open": () -> an object to read from and seek in, "size": bytes}. Positions in a file are
-frames at the file's own rate; what is returned is at the wanted rate. Tested by tests/test_audio.py.
+A file is a mapping {"path": str | None, "bytes": bytes | None}, as Hugging Face `datasets` stores audio: bytes, or a path
+or URL. libsndfile reads them all. Positions in a file are frames at the file's own rate; what is returned is at the wanted
+rate. Tested by tests/test_audio.py.
 """
 
 import contextlib
+import io
 import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
-from wave import Error as WaveError
-from wave import Wave_read
 
+import fsspec
 import numpy as np
-import pyarrow as pa
 import soundfile
 import soxr
 
@@ -33,6 +31,12 @@ MARGIN_SECONDS = 0.02
 
 CUT_SHORT = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
 """libsndfile's note on a WAV file whose header announces another number of bytes than there are."""
+
+HEADER_BYTES = 44
+"""Many recorders count the header as sound: so much too large a size says nothing."""
+
+FAR_BLOCK_BYTES = 1 << 17
+"""What a file at a URL is asked for at a time: a header, or 2 s of 16-bit sound at 16 kHz twice."""
 
 UNKNOWN_LENGTH_BYTES = 0x7FFF_0000
 """Programs that write WAV to a pipe announce about 2 or 4 GiB; so large a number says nothing."""
@@ -62,12 +66,21 @@ class StretchFile(soundfile.SoundFile):
         return False
 
 
-class FarFile:
-    """A file as libsndfile takes it: no exception passes through its calls, so the first is kept, and the file ends."""
+class FarFileError(RuntimeError):
+    """A file at a URL cannot be read."""
 
-    def __init__(self, file: BinaryIO):
-        self.file, self.seek, self.tell = file, file.seek, file.tell
-        self.error: Exception | None = None
+
+class FarFile:
+    """A file at a URL as libsndfile takes it: no exception passes through its calls, so the first is kept, and it ends."""
+
+    def __init__(self, url: str):
+        self.url, self.error = url, None
+        try:
+            system, path = fsspec.url_to_fs(url)
+            self.file = system.open(path, "rb", block_size=FAR_BLOCK_BYTES)
+        except Exception as error:  # whatever a transport raises
+            raise FarFileError(f"{url}: {type(error).__name__}: {error}") from error
+        self.seek, self.tell = self.file.seek, self.file.tell
 
     def read(self, count: int) -> bytes:
         """Read up to `count` bytes; none once there was an error."""
@@ -77,34 +90,12 @@ class FarFile:
             self.error = error
             return b""
 
-
-class WaveFile:
-    """A 16-bit WAV file of `size` bytes, with what is used here of soundfile.SoundFile.
-
-    libsndfile, which fetches bytes through Python piece by piece, takes five times as long. It also looks for what may
-    follow the samples, which far away is another request.
-    """
-
-    extra_info = ""
-
-    def __init__(self, file: pa.NativeFile | FarFile, size: int):
-        self.file = Wave_read(file)
-        self.frames, self.samplerate = self.file.getnframes(), self.file.getframerate()
-        self.seek, self.tell, self.close = self.file.setpos, self.file.tell, self.file.close
-        self.channels = self.file.getnchannels()
-        if self.file.getsampwidth() != 2 or size < 2 * self.channels * self.frames:
-            raise WaveError("not 16 bit, or not whole")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.close()
-
-    def read(self, frames: int, dtype: str, always_2d: bool) -> np.ndarray:
-        """Read on as float32 (frames, channels), the only type that is asked for."""
-        whole = np.frombuffer(self.file.readframes(frames), "<i2").reshape(-1, self.channels)
-        return whole * np.float32(1 / 32_768)
+    def end(self) -> None:
+        """Close it. Raises FarFileError with the first error."""
+        self.file.close()
+        if self.error is not None:
+            what = f"{self.url}: {type(self.error).__name__}: {self.error}"
+            raise FarFileError(what) from self.error
 
 
 def clip_name(audio: dict) -> str:
@@ -113,66 +104,51 @@ def clip_name(audio: dict) -> str:
 
 
 def stored_bytes(audio: dict) -> int:
-    """Return the size of a clip as it is stored; 0 where it is not there."""
+    """Return the size of a clip as it is stored; 0 where it is not there, or lies at a URL."""
     if audio.get("bytes") is not None:
         return len(audio["bytes"])
-    if "size" in audio:
-        return audio["size"]
-    path = Path(audio["path"])
+    path = Path(audio.get("path") or "")
     return path.stat().st_size if path.is_file() else 0
 
 
 @contextlib.contextmanager
 def open_clip(audio: dict):
-    """Open {"path", "bytes"} as a soundfile.SoundFile, or what stands for one, with at least one frame.
+    """Open {"path", "bytes"} as a soundfile.SoundFile with at least one frame; a path may be a URL.
 
     Raises:
         BadClipError: missing, empty, not audio, or broken while it is read inside the `with`.
-        What a file far away raises when it is read; nothing is said of the audio then.
+        FarFileError: a file at a URL cannot be read; nothing is said of the audio then.
     """
-    far = FarFile(audio["open"]()) if "open" in audio else None
+    name, far = clip_name(audio), None
+    if audio.get("bytes") is None and "://" in (audio.get("path") or ""):
+        far = FarFile(audio["path"])
     try:
-        with _open(audio, far) as file:
+        with _opened(audio, far, name) as file:
+            if file.samplerate < 1 or file.channels < 1:
+                raise BadClipError(name, f"has a sample rate of {file.samplerate} Hz")
+            if file.frames < 1:
+                raise BadClipError(name, "holds no samples (zero length)")
+            _refuse_cut_short(file, name)
             yield file
+    except BadFramesError as error:
+        raise BadClipError(name, str(error)) from error
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise BadClipError(name, f"cannot be read as audio ({error})") from error
     finally:
-        if far is not None and far.error is not None:
-            raise far.error
+        if far is not None:
+            far.end()
 
 
-@contextlib.contextmanager
-def _open(audio: dict, far: FarFile | None):
-    name, data = clip_name(audio), audio.get("bytes")
-    if data is None and far is None and audio.get("path") is None:
+def _opened(audio: dict, far: FarFile | None, name: str) -> soundfile.SoundFile:
+    data, path = audio.get("bytes"), audio.get("path")
+    if data is None and path is None:
         raise BadClipError(name, "has neither a path nor bytes")
     if data is not None and not data:
         raise BadClipError(name, "holds no bytes")
     try:
-        file = _opened(audio, far)
-    except (soundfile.LibsndfileError, OSError, TypeError) as error:  # TypeError: *.raw
+        return StretchFile(far or (path if data is None else io.BytesIO(data)))
+    except TypeError as error:  # *.raw, of which nothing says the format
         raise BadClipError(name, f"cannot be read as audio ({error})") from error
-    with file:
-        if file.frames < 1:
-            raise BadClipError(name, "holds no samples (zero length)")
-        _refuse_cut_short(file, name)
-        try:
-            yield file
-        except BadFramesError as error:
-            raise BadClipError(name, str(error)) from error
-        except (soundfile.LibsndfileError, OSError) as error:
-            raise BadClipError(name, f"cannot be read as audio ({error})") from error
-
-
-def _opened(audio: dict, far: FarFile | None) -> soundfile.SoundFile | WaveFile:
-    data = audio.get("bytes")
-    if far is None and data is None:
-        return StretchFile(audio["path"])
-    file = pa.BufferReader(data) if far is None else far
-    if file.read(4) == b"RIFF":
-        file.seek(0)
-        with contextlib.suppress(WaveError, EOFError):  # another kind of WAV, or a damaged one
-            return WaveFile(file, stored_bytes(audio))
-    file.seek(0)
-    return StretchFile(file)
 
 
 def _refuse_cut_short(file: soundfile.SoundFile, name: str) -> None:
@@ -180,7 +156,8 @@ def _refuse_cut_short(file: soundfile.SoundFile, name: str) -> None:
     note = CUT_SHORT.search(file.extra_info)
     if note:
         announced, found = int(note[1]), int(note[2])
-        if announced < UNKNOWN_LENGTH_BYTES and found < 0.99 * announced:
+        short = min(announced - found - HEADER_BYTES, 0.99 * announced - found)
+        if announced < UNKNOWN_LENGTH_BYTES and short > 0:
             raise BadClipError(name, f"is truncated: {found} of {announced} bytes are there")
 
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from mtl_dist.audio.clips import Clip, ClipReader
+from mtl_dist.audio.clips import Clip, ClipReader, Row
 from mtl_dist.metrics import average_precision_at_3
 from mtl_dist.models.heads import PooledClassifier, wide
 from mtl_dist.tasks.base import (
@@ -49,21 +49,20 @@ class AudioTagging(Task):
 
     def __init__(self, config: TaskConfig, context: TaskContext):
         super().__init__(config, context)
-        corpora = [context.corpora[name] for name in config.sources]
-        self.classes = corpora[0].classes
-        for corpus in corpora:
-            if corpus.classes != self.classes or not self.classes:
+        self.classes = context.classes[config.sources[0]]
+        for corpus in config.sources:
+            if context.classes[corpus] != self.classes or not self.classes:
                 raise ValueError(
-                    f"tasks.{self.name}.sources: corpus {corpus.name!r} has the classes {corpus.classes}; "
+                    f"tasks.{self.name}.sources: corpus {corpus!r} has the classes {context.classes[corpus]}; "
                     f"a labelled task needs corpora with labels, all with the same classes"
                 )
 
-    def evaluation_clips(self, row: dict, reader: ClipReader, keyed: Keyed) -> list[Clip]:
+    def evaluation_clips(self, row: Row, reader: ClipReader, keyed: Keyed) -> list[Clip]:
         """Return all windows of the row's audio, of whole clips the clip, then one random crop."""
         samples = self.context.crop_samples if self.whole else self.crop_samples
         return [
             *reader.windows(row, self.crop_samples),
-            reader.crop(row, samples, keyed(row["id"], "crop")),
+            reader.crop(row, samples, keyed(row.id, "crop")),
         ]
 
     def prepare(self, clips: list[Clip], generator: Keyed) -> TaskBatch:

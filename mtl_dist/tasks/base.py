@@ -7,7 +7,7 @@ README shows one. Tested by tests/test_tasks.py.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,11 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
 from mtl_dist.audio.augment import Augmentation, AugmentConfig
-from mtl_dist.audio.clips import Clip, ClipReader
-from mtl_dist.corpora.noise import NoiseBank
-
-if TYPE_CHECKING:
-    from mtl_dist.corpora.base import Corpus
+from mtl_dist.audio.clips import Clip, ClipReader, Row
 
 Keyed = Callable[..., np.random.Generator]
 """keyed(clip id, purpose) -> a fresh generator that depends on nothing but the run's seed, the task, the epoch and these."""
@@ -96,12 +92,17 @@ class TaskConfig:
         heard += [("augment.noise", self.augment.noise)] if self.augment.noise is not None else []
         return heard
 
+    def backgrounds(self) -> list[str]:
+        """Return the corpora of which a recording lies beside every clip: Clip.backgrounds."""
+        return list(dict.fromkeys(corpus for field, corpus in self.corpora() if field != "sources"))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskContext:
-    """What a task may need to know of the rest. `receptive_field` is the trunk's, in samples; `rate` in Hz."""
+    """What a task may need to know of the rest. `receptive_field` is the trunk's, in samples; `rate` in Hz; `classes` are
+    those of each corpus, by name, none where it is not labelled."""
 
-    corpora: "Mapping[str, Corpus]"
+    classes: Mapping[str, list[str]]
     rate: int
     crop_samples: int
     receptive_field: int
@@ -130,10 +131,7 @@ class Task:
             raise ValueError(
                 f"tasks.{self.name}.{field}: {seconds} is less than a sample of {context.rate} Hz"
             )
-        background = None
-        if config.augment.noise is not None:
-            background = NoiseBank(context.corpora[config.augment.noise], context.rate).draw
-        self.augment = Augmentation(config.augment, context.rate, background)
+        self.augment = Augmentation(config.augment, context.rate)
 
     def describe(self) -> str:
         """Return the task's name and, where it is not crops of one length, what it is trained on."""
@@ -163,7 +161,7 @@ class Task:
     def _samples(self, longest: int) -> int:
         return max(1, longest) + self.tail_samples
 
-    def evaluation_clips(self, row: dict, reader: ClipReader, keyed: Keyed) -> list[Clip]:
+    def evaluation_clips(self, row: Row, reader: ClipReader, keyed: Keyed) -> list[Clip]:
         """Return the clips of one row that are evaluated together: by default one crop, always the same.
 
         It is data.crop_seconds long where the task trains on whole clips, so that results can be compared, and even where
@@ -171,7 +169,7 @@ class Task:
         """
         samples = self.context.crop_samples
         samples = samples if self.whole else max(self.crop_samples, samples)
-        return [reader.crop(row, samples, keyed(row["id"], "crop"))]
+        return [reader.crop(row, samples, keyed(row.id, "crop"))]
 
     def prepare(self, clips: list[Clip], generator: Keyed) -> TaskBatch:
         """Turn B clips into a batch; every draw comes from generator(clip.id, purpose)."""

@@ -8,13 +8,11 @@ from torch import Tensor
 
 from mtl_dist.audio.clips import Clip
 from mtl_dist.audio.transforms import mix_at_snr
-from mtl_dist.corpora.noise import NoiseBank
 from mtl_dist.metrics import si_sdr
 from mtl_dist.tasks.base import (
     Keyed,
     SumCount,
     TaskBatch,
-    TaskContext,
     register_task,
     valid_lengths,
 )
@@ -41,16 +39,12 @@ class NoiseReduction(RegressionTask):
                     f"snr_db: {list(self.snr_db)} is not allowed; the lower one comes first"
                 )
 
-    def __init__(self, config: RegressionConfig, context: TaskContext):
-        super().__init__(config, context)
-        self.noise = NoiseBank(context.corpora[config.noise], context.rate)
-
     def noisy(self, clip: Clip, generator: Keyed) -> tuple[np.ndarray, np.ndarray]:
-        """Return (noisy, clean): a random stretch of a random background at a random SNR, drawn for this clip."""
+        """Return (noisy, clean): a random stretch of the background beside the clip, at a random SNR."""
         if not len(clip.wave):
             return clip.wave, clip.wave
         draw = generator(clip.id, "noise")
-        noise = self.noise.draw(len(clip.wave), clip.split, draw)
+        noise = clip.backgrounds[self.config.noise].cut(len(clip.wave), draw)
         return mix_at_snr(clip.wave, noise, draw.uniform(*self.config.snr_db))
 
     def prepare(self, clips: list[Clip], generator: Keyed) -> TaskBatch:

@@ -1,101 +1,50 @@
-"""Functions that tests call in a process whose HF_ENDPOINT is the stand-in for the Hub. Used by tests/test_hub.py."""
+"""Another rank: functions that tests call in a process which has received what rank 0 opened."""
 
-import logging
 import multiprocessing
-import os
 import pickle
-import time
 
-import datasets
-import huggingface_hub
+import numpy as np
 
-from mtl_dist.streams.retry import Remote, ShardError
-from mtl_dist.streams.shards import Shards
-from mtl_dist.streams.sources import Source
+from mtl_dist.audio.clips import Background, Row
+from mtl_dist.data.lanes import Blocks
+from mtl_dist.data.loader import read_bounded
 
 
-class Lines(logging.Handler):
-    """Collects what is logged."""
-
-    def __init__(self):
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
+def read(sent: bytes, split: str, blocks: list[int]) -> list[dict[str, bytes]]:
+    """Return {id: FLAC} of blocks of a corpus."""
+    return rows_of(Blocks(pickle.loads(sent).parts[split], 3, 60), blocks)
 
 
-def call(name: str, *args, token: str | None = None, **kwargs) -> dict:
-    """Call a function of this module: {"result" or "error", "lines" (of our log, but for
-    those that say how long something takes), "all" (of all logs), "seconds"}."""
-    ours, everything = Lines(), Lines()
-    logging.getLogger("mtl_dist").addHandler(ours)
-    root = logging.getLogger()
-    root.addHandler(everything)
-    os.environ.update({"HF_TOKEN": token} if token else {})
-    began = time.monotonic()
-    outcome = {}
-    try:
-        outcome["result"] = globals()[name](*args, **kwargs)
-    except ShardError as error:
-        outcome["error"] = str(error)
-    finally:
-        os.environ.pop("HF_TOKEN", None)
-        logging.getLogger("mtl_dist").removeHandler(ours)
-        root.removeHandler(everything)
-    return outcome | {
-        "lines": [line for line in ours.lines if ": waiting for data for " not in line],
-        "all": everything.lines,
-        "seconds": time.monotonic() - began,
-    }
+def rows_of(blocks: Blocks, numbers: list[int]) -> list[dict[str, bytes]]:
+    """Return {id: bytes} of some blocks."""
+    told = []
+    for number in numbers:
+        (piece,) = blocks.pieces(number)
+        rows = [row for _, row in blocks.rows(number, piece, ("key",))]
+        told.append({row.id.split("/")[1]: row.audio["bytes"] for row in rows})
+    return told
 
 
-def open_shards(corpus: str, sources: list, **remote) -> bytes:
-    """Open as rank 0 does, and return what it would send to the others."""
-    return pickle.dumps(Shards.open(corpus, sources, Remote(**remote)))
+def cut(sent: bytes, samples: int) -> list[np.ndarray]:
+    """Return a stretch of each recording of a corpus of noise."""
+    blocks, draw = Blocks(pickle.loads(sent).noise("train"), 3, 60), np.random.default_rng(0)
+    rows = [row for number in range(len(blocks)) for _, row in blocks.rows(number, 0, ("key",))]
+    return [Background(row, 16_000).cut(samples, draw) for row in rows]
 
 
-def copied(shards: Shards, block: int) -> list[bytes | None]:
-    """Read a block as bytes that can be sent."""
-    return [audio and bytes(audio) for audio in shards.read(block)]
+def stretch(row: Row, samples: int, patience_seconds: float = 60) -> np.ndarray:
+    """Return a stretch of a recording, as a loader's worker of rank 5 reads it."""
+    background, draw = Background(row, 16_000), np.random.default_rng(0)
+    return read_bounded(lambda: background.cut(samples, draw), [row], 5, patience_seconds)
 
 
-def read(sent: bytes, blocks: list[int], rank: int = 3) -> list[list[bytes | None]]:
-    """Read blocks as a rank does that has received the object."""
-    shards = pickle.loads(sent)
-    shards.rank = rank
-    return [copied(shards, block) for block in blocks]
+def in_a_new_process(function, *arguments):
+    """Call a function in a process that shares nothing with this one."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply_async(function, arguments).get(120)
 
 
-def offline(sent: bytes, source: Source) -> list[str]:
-    """Return the errors of opening and reading while HF_HUB_OFFLINE is set."""
-    errors = []
-    libraries = datasets.config, huggingface_hub.constants
-    for library in libraries:
-        library.HF_HUB_OFFLINE = True
-    for action in (lambda: Shards.open("speech", source), lambda: pickle.loads(sent).read(0)):
-        try:
-            action()
-        except ShardError as error:
-            errors.append(str(error))
-    for library in libraries:
-        library.HF_HUB_OFFLINE = False
-    return errors
-
-
-def read_around_a_fork(sent: bytes, block: int) -> list[list[bytes | None]]:
-    """Read a block, then in a forked process as a loader's worker does, then here again."""
-    shards = pickle.loads(sent)
-    before = copied(shards, block)
+def in_a_fork(function, *arguments):
+    """Call a function in a process as a loader's worker is one."""
     with multiprocessing.get_context("fork").Pool(1) as pool:
-        inside = pool.apply_async(copied, [shards, block]).get(20)
-    return [before, inside, copied(shards, block)]
-
-
-def warm_up() -> None:
-    """Let the process import what it needs."""
-
-
-def listing(sent: bytes, columns: list[str] | None = None) -> list[dict]:
-    """Return the rows of the listing."""
-    return pickle.loads(sent).listing(columns).to_pylist()
+        return pool.apply_async(function, arguments).get(60)

@@ -2,31 +2,31 @@
 
 python tests/workers/stalling_disk.py RANK READS WORDS OF THE ENTRY...
 
-The file of the block that the rank (one of its workers) reads after READS others becomes a pipe that nobody writes to; what
-it was stands beside it as FILE.moved."""
+The file that the rank (one of its workers) reads after READS others becomes a pipe that nobody writes to; what it was stands
+beside it as FILE.moved."""
 
 import os
 import runpy
 import sys
 from pathlib import Path
 
-from mtl_dist.streams.shards import Shards
+from mtl_dist.data.streams import StreamFiles
 
 RANK, READS = sys.argv[1], int(sys.argv[2])
 ENTRY = Path(__file__).parent.parent.parent / "mtl_dist" / "train.py"
-read, blocks = Shards.read, []
+shard, opened = StreamFiles.shard, []
 
 
-def stalling(shards, block):
-    blocks.append(block)
-    path = shards.files[block]
-    if len(blocks) > READS and not os.path.exists(f"{path}.moved"):
+def stalling(files, file, piece):
+    opened.append(file)
+    path = files.names[file]
+    if len(opened) > READS and not os.path.exists(f"{path}.moved"):
         os.rename(path, f"{path}.moved")
         os.mkfifo(path)
-    return read(shards, block)
+    return shard(files, file, piece)
 
 
 if os.environ["RANK"] == RANK:
-    Shards.read = stalling
+    StreamFiles.shard = stalling
 sys.argv = [str(ENTRY), *sys.argv[3:]]
 runpy.run_path(str(ENTRY), run_name="__main__")

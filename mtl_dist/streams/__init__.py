@@ -1,1 +1,0 @@
-"""Which clip comes when: keyed draws, endless orders, rounds, the loader."""
