@@ -192,12 +192,25 @@ class Lane:
     Args:
         lanes, number: how many lanes there are, and which this is.
         key: what the order is for.
+        times: how often each row comes, one time after the other; the position's last number counts them all.
     """
 
     def __init__(
-        self, blocks: Blocks, lanes: int, number: int, key: tuple, position: Sequence[int] = START
+        self,
+        blocks: Blocks,
+        lanes: int,
+        number: int,
+        key: tuple,
+        position: Sequence[int] = START,
+        times: int = 1,
     ):
-        self.blocks, self.lanes, self.number, self.key = blocks, lanes, number, key
+        self.blocks, self.lanes, self.number, self.key, self.times = (
+            blocks,
+            lanes,
+            number,
+            key,
+            times,
+        )
         self.position: Position = tuple(position)
         self._walk = self._rows()
 
@@ -233,10 +246,13 @@ class Lane:
                     order = draw.permutation(len(pieces)).tolist()
                 for place in range(first_piece, len(order)):
                     piece = pieces[order[place]]
-                    for row_place, row in self.blocks.rows(own[turn], piece, key, first_row):
-                        self.position = (epoch, turn, place, row_place + 1)
-                        heard = True
-                        yield epoch, row
+                    first, again = divmod(first_row, self.times)
+                    for row_place, row in self.blocks.rows(own[turn], piece, key, first):
+                        for time in range(again, self.times):
+                            self.position = (epoch, turn, place, row_place * self.times + time + 1)
+                            heard = True
+                            yield epoch, row
+                        again = 0
                     first_row = 0
                 first_piece = 0
                 if not heard:

@@ -34,6 +34,10 @@ Result = TypeVar("Result")
 SECONDS_AFTER_SIGTERM = 120
 """A worker that is told to stop ends with its training process, and after this at the latest."""
 
+NOISE_CUTS = 4
+"""How many clips of a lane, one after the other, have noise cut from one recording or piece, each at a place of its own: a
+row group of noise is read as seldom as one of clips, and takes a fraction of the memory."""
+
 PARTS_AHEAD = 4
 """How many parts of rounds each worker prepares ahead."""
 
@@ -139,7 +143,8 @@ class ClipStream:
         for corpus, blocks in self.noise.items():
             name = f"{self.name}/{corpus}"
             position = positions.get(name, {}).get(number, START)
-            lanes[corpus] = Lane(blocks, self.lanes, number, (seed, name), position)
+            key = seed, name
+            lanes[corpus] = Lane(blocks, self.lanes, number, key, position, times=NOISE_CUTS)
         return lanes
 
 
