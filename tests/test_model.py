@@ -159,7 +159,7 @@ def test_an_even_filter_width_is_refused():
 
 
 def test_every_conv_task_of_the_paper_has_its_head():
-    context = TaskContext(corpora={}, rate=16_000, crop_samples=32_000, receptive_field=190)
+    context = TaskContext(classes={}, rate=16_000, crop_samples=32_000, receptive_field=190)
     config = TASKS["next_step"].Config(sources=["any"])
     head = TASKS["next_step"](config, context).build_head(64)
     assert size(head) == 8_449
