@@ -113,7 +113,7 @@ def test_the_folder_loads_as_a_data_set_with_the_splits_of_its_manifest(
     assert (
         counts
         == {
-            "fsdkaggle2018": {"train": 24, "test": 79},
+            "fsdkaggle2018": {"train": 21, "validation": 3, "test": 79},
             "librispeech": {"train.clean.100": 9, "validation": 3, "test": 3},
             "chime3": {"train": 4, "validation": 4, "test": 4},
         }[kind]

@@ -32,6 +32,8 @@ from mtl_dist.data.verify import FORMAT, MANIFEST, RATE, describe, in_processes,
 log = logging.getLogger("mtl_dist")
 
 SETTINGS = ("kind", "seed", "rows_per_shard", "rows_per_group", "encoding", "heldout_share")
+HELD_OUT = {"librispeech": 0.02, "fsdkaggle2018": 0.1}
+"""What is held out, unless told otherwise, where nothing published says it: as in training from the folder."""
 OF_FILE = ("file", "rows", "row_groups", "bytes", "blake2b")
 LICENCES = {
     "fsdkaggle2018": "CC BY 4.0; every clip has a licence of its own besides, in the published tables",
@@ -83,7 +85,10 @@ def add_prepare(commands) -> None:
     add("--manifest", type=Path, help="folder: CSV with the column path, and label, split if any")
     add("--labelled", action="store_true", help="folder: labels by the first folder level")
     add("--splits", nargs="+", help="librispeech: what to take (default: all that are there)")
-    add("--heldout_share", type=float, help="librispeech: of the speakers (default: 0.02)")
+    text = (
+        "librispeech: of the speakers (0.02); fsdkaggle2018: of every label, for validation (0.1)"
+    )
+    add("--heldout_share", type=float, help=text)
     command.set_defaults(act=run_prepare)
 
 
@@ -123,14 +128,14 @@ def _check(options: argparse.Namespace) -> None:
         near = difflib.get_close_matches(options.kind, LAYOUTS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f" (allowed: {', '.join(LAYOUTS)})"
         raise ValueError(f"KIND: {options.kind!r} is not known{hint}")
-    of_kind = {"manifest": "folder", "labelled": "folder"}
-    of_kind |= {"splits": "librispeech", "heldout_share": "librispeech"}
-    for field, kind in of_kind.items():
-        if getattr(options, field) and options.kind != kind:
-            raise ValueError(f"--{field}: is for the kind {kind} only, not for {options.kind}")
+    of_kind = {"manifest": ["folder"], "labelled": ["folder"], "splits": ["librispeech"]}
+    for field, kinds in (of_kind | {"heldout_share": [*HELD_OUT]}).items():
+        if getattr(options, field) and options.kind not in kinds:
+            what = " and ".join(kinds)
+            raise ValueError(f"--{field}: is for the kind {what} only, not for {options.kind}")
     options.encoding = options.encoding or ("wav" if options.kind == "chime3" else "flac")
-    if options.kind == "librispeech" and options.heldout_share is None:
-        options.heldout_share = 0.02
+    if options.heldout_share is None:
+        options.heldout_share = HELD_OUT.get(options.kind)
 
 
 def prepare(options: argparse.Namespace) -> None:

@@ -47,6 +47,9 @@ def list_clips(folder: Path, options: argparse.Namespace) -> Listing:
         kinds = {"fsdkaggle2018": FSDKaggle2018, "chime3": Chime3, "folder": Folder}
         settings = {"labelled": options.labelled} if kind == "folder" else {}
         found = kinds[kind](root=root, **settings).published(kind, root, field)
+    if kind == "fsdkaggle2018":
+        corpus = FSDKaggle2018(root=root, validation_share=options.heldout_share)
+        found.rows = corpus.divide(found.rows, kind, options.seed)
     seen: set[str] = set()
     for row in found.rows:
         row["split"] = row["split"] or "train"

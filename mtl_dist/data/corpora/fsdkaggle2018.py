@@ -35,7 +35,8 @@ class FSDKaggle2018(CorpusConfig):
     """Folder that holds FSDKaggle2018.audio_train, .audio_test and .meta, or a prepared one; `synthetic` makes a small
     stand-in."""
     validation_share: float = 0.1
-    """Share of the training clips set aside for validation, of every label alike (paper section 5)."""
+    """Share of the training clips set aside for validation, of every label alike (paper section 5); prepared shards have
+    theirs set aside already."""
 
     def __post_init__(self):
         if not 0 <= self.validation_share < 1:
