@@ -2,8 +2,8 @@
 
 python tests/workers/stalling_disk.py RANK READS WORDS OF THE ENTRY...
 
-The file that the rank (one of its workers) reads after READS others becomes a pipe that nobody writes to; what it was stands
-beside it as FILE.moved."""
+The first file that the rank (one of its workers) reads after READS others does not answer, like a pipe that nobody writes
+to, which stands beside it as FILE.stalls; the other ranks read it as ever."""
 
 import os
 import runpy
@@ -19,10 +19,11 @@ shard, opened = StreamFiles.shard, []
 
 def stalling(files, file, piece):
     opened.append(file)
-    path = files.names[file]
-    if len(opened) > READS and not os.path.exists(f"{path}.moved"):
-        os.rename(path, f"{path}.moved")
-        os.mkfifo(path)
+    pipe = f"{files.names[file]}.stalls"
+    if len(opened) > READS:
+        if not os.path.exists(pipe):
+            os.mkfifo(pipe)
+        open(pipe, "rb").close()
     return shard(files, file, piece)
 
 
