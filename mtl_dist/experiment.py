@@ -71,7 +71,7 @@ class Experiment:
         ]
 
     def _noise(self, tasks: list[str], split: str) -> dict[str, list[Part]]:
-        heard = dict.fromkeys(c for n in tasks for c in self.tasks[n].config.backgrounds())
+        heard = dict.fromkeys(c for n in tasks for c in self.tasks[n].config.backgrounds(split))
         return {corpus: self.corpora[corpus].noise(split) for corpus in heard}
 
     def lane_bytes(self, ranks: int) -> int:

@@ -1,6 +1,6 @@
 """Batches: the crops of some rows for a task, read, augmented and prepared; every draw by key, never by process.
 
-Tested by tests/test_lanes.py.
+Tested by tests/test_draws.py and tests/test_lanes.py.
 """
 
 import dataclasses

@@ -92,9 +92,10 @@ class TaskConfig:
         heard += [("augment.noise", self.augment.noise)] if self.augment.noise is not None else []
         return heard
 
-    def backgrounds(self) -> list[str]:
-        """Return the corpora of which a recording lies beside every clip: Clip.backgrounds."""
-        return list(dict.fromkeys(corpus for field, corpus in self.corpora() if field != "sources"))
+    def backgrounds(self, split: str) -> list[str]:
+        """Return the corpora of which a recording lies beside every clip: Clip.backgrounds; only training is augmented."""
+        fields = ("noise", "augment.noise") if split == "train" else ("noise",)
+        return list(dict.fromkeys(corpus for field, corpus in self.corpora() if field in fields))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
