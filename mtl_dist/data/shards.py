@@ -194,14 +194,13 @@ def write_shard(shard: dict, folder: str, work: str, encoding: str, rows: int, b
         made, facts = _encode_all(shard["pieces"], Path(folder), encoding)
         others = [entry for note in whole(work).values() for entry in note["skipped"]]
         require_few(bad["known"] + others + facts["skipped"], bad["total"], bad["share"])
-        path, table = (
-            work.parent / shard["file"],
-            datasets.Dataset.from_list(made, features=FEATURES),
-        )
+        path, table = work.parent / shard["file"], datasets.Dataset.from_list(made, FEATURES)
+        # Cast, which needs no codec: so the sound is stored as it is, neither compressed again nor in a dictionary.
+        table = table.cast_column("audio", datasets.Audio(decode=False))
         small = {
             "write_statistics": False,
             "write_page_index": False,
-        }  # a block's reader reads the footer
+        }  # its readers read the footer
         write_whole(path, lambda file: table.to_parquet(file, batch_size=rows, **small))
         facts |= {"file": path.name, "rows": len(made), "row_groups": math.ceil(len(made) / rows)}
         note = json.dumps(facts | fingerprint(path)).encode()
