@@ -78,7 +78,7 @@ def add_prepare(commands) -> None:
     add("--push_to_hub", metavar="REPO", help="upload it then, as a data set, private if it is new")
     add("--seed", type=int, default=0, help="of the order (default: 0)")
     add("--rows_per_shard", type=int, default=384, help="rows of a file (default: 384)")
-    add("--rows_per_group", type=int, help="rows read at once (default: 16, wav 8, chime3 4)")
+    add("--rows_per_group", type=int, help="rows that are read at once (default: 16; chime3: 4)")
     add("--encoding", choices=("flac", "wav"), help="default: flac; chime3: wav")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="default: the cores")
     add("--max_bad_share", type=float, default=0.05, help="of the files (default: 0.05)")
@@ -111,8 +111,7 @@ def run_prepare(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     if options.rows_per_group is None:
-        usual = 8 if options.encoding == "wav" else 16
-        options.rows_per_group = 4 if options.kind == "chime3" else usual
+        options.rows_per_group = 4 if options.kind == "chime3" else 16
     for field in ("rows_per_shard", "rows_per_group", "workers"):
         if getattr(options, field) < 1:
             raise ValueError(f"--{field}: {getattr(options, field)} is not allowed; use 1 or more")
