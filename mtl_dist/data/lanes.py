@@ -78,11 +78,6 @@ class Blocks:
     def __len__(self) -> int:
         return len(self._place)
 
-    @property
-    def clips(self) -> int:
-        """How many clips there are, or about how many."""
-        return sum(part.clips for part in self.parts)
-
     def order(self, *key: object) -> np.ndarray:
         """Return the numbers of the blocks in the order of a key; the latest are kept, as all lanes ask for the same."""
         if key not in self._order:

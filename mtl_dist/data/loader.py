@@ -119,7 +119,6 @@ class ClipStream:
             (Blocks(own, *common), count) for own, count in deal_lanes(parts, lanes, weights)
         ]
         self.noise = {corpus: Blocks(own, *common) for corpus, own in noise.items()}
-        self.clips = sum(blocks.clips for blocks, _ in self.groups)
 
     def known(self) -> list:
         """Return StreamFiles.known of all files."""

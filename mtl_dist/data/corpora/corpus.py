@@ -6,15 +6,11 @@ Tested by tests/test_corpora.py and tests/test_sources.py.
 
 import dataclasses
 import hashlib
-import io
-import logging
-import time
 from collections.abc import Callable, Sequence
 
 import datasets
 import fsspec
 import numpy as np
-import soundfile
 from datasets import Dataset, IterableDataset, concatenate_datasets
 
 from mtl_dist.data.columns import FEATURES
@@ -25,9 +21,7 @@ from mtl_dist.data.lanes import Part
 from mtl_dist.data.sources import SPLITS, ours
 from mtl_dist.data.streams import RowFiles, StreamFiles
 
-log = logging.getLogger("mtl_dist")
 ROW_FEATURES = datasets.Features({**FEATURES, "number": datasets.Value("int64")})
-SAY_EVERY_SECONDS = 10.0
 
 SPLIT_SPANS = {"train": (0.0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1.0)}
 """Share of every recording that each split may hear: held-out noise is noise that was not trained on."""
@@ -300,58 +294,3 @@ def _hold_out(corpus: Corpus, split: str, share: float, seed: int, others: int) 
     if parts:
         note = f"{count} of {len(owner)} blocks held out for {split}, by data.split_seed"
         corpus.notes.append(note)
-
-
-def take_hours(corpus: Corpus, hours: float, seed: int) -> None:
-    """Keep of the training parts the blocks, in an order by seed, whose audio adds up to `hours`.
-
-    Durations are those of the column seconds, else of the audio's headers; unreadable clips count for nothing.
-
-    Raises:
-        ValueError: there are fewer hours.
-    """
-    parts, said = corpus.parts["train"], time.monotonic()
-    places = [(n, block) for n, part in enumerate(parts) for block in range(len(part.blocks))]
-    order = generator(seed, corpus.name, "hours").permutation(len(places))
-    seconds, taken = 0.0, [[] for _ in parts]
-    clips = [0 for _ in parts]
-    for place in order.tolist():
-        if seconds >= hours * 3600:
-            break
-        number, block = places[place]
-        part = parts[number]
-        length, count = _length(part, *part.blocks[block].tolist())
-        seconds, clips[number] = seconds + length, clips[number] + count
-        taken[number].append(block)
-        if time.monotonic() - said > SAY_EVERY_SECONDS:
-            log.info("corpora.%s.hours: %.2f of %g h found", corpus.name, seconds / 3600, hours)
-            said = time.monotonic()
-    if seconds < hours * 3600:
-        raise ValueError(
-            f"corpora.{corpus.name}.hours: {hours:g} h asked for, but the training clips have {seconds / 3600:.2f} h; "
-            "add a split, or set null to take all"
-        )
-    for part, own, count in zip(parts, taken, clips, strict=True):
-        part.blocks, part.clips, part.exact = part.blocks[np.sort(own).astype(int)], count, True
-    corpus.parts["train"] = [part for part in parts if len(part.blocks)]
-    corpus.notes.append(f"{seconds / 3600:.2f} h of training audio taken, by data.split_seed")
-
-
-def _length(part: Part, file: int, piece: int) -> tuple[float, int]:
-    """Return (seconds, clips) of a block."""
-    total, count = 0.0, 0
-    for table in part.files.read_lengths(file, piece):
-        for seconds, audio in zip(
-            table["seconds"].to_pylist(), table["audio"].to_pylist(), strict=True
-        ):
-            count += 1
-            total += _duration(audio) if seconds is None else seconds
-    return total, count
-
-
-def _duration(audio: dict) -> float:
-    try:
-        data = audio["bytes"]
-        return soundfile.info(audio["path"] if data is None else io.BytesIO(data)).duration
-    except (soundfile.LibsndfileError, TypeError):
-        return 0.0

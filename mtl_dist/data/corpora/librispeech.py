@@ -8,7 +8,8 @@ import math
 from pathlib import Path, PurePosixPath
 
 from mtl_dist.data.corpora.base import CorpusConfig, register_corpus
-from mtl_dist.data.corpora.corpus import Corpus, take_hours
+from mtl_dist.data.corpora.corpus import Corpus
+from mtl_dist.data.corpora.hours import take_hours
 from mtl_dist.data.corpora.listing import Listing, require_folder, shuffled
 from mtl_dist.data.corpora.synthetic import resolve_root
 from mtl_dist.data.sources import ours
