@@ -1,6 +1,6 @@
 """Clips a second from files to collated batches of 2 s with noise mixed and 4 kHz inputs made, beside other loaders.
 
-    python benchmarks/loading.py build/loading --data ../shared/data
+    python benchmarks/loading.py build/loading --data build/sample
 
 Runs in the environment of rivals/requirements.txt (see README.md). Every contender makes the same batches (checked on each
 one's first) from the same utterances, in a process of its own on the given cores, and they take turns: all others are frozen
@@ -22,7 +22,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
-import soundfile
 
 CONTENDERS = [
     "ours_prepared_wav",
@@ -34,8 +33,8 @@ CONTENDERS = [
     "webdataset_tars",
 ]
 OURS = "ours_folders", "ours_prepared", "ours_prepared_wav"
-COPIES = 9
-"""251 utterances so many times, under other names: 2,259 files."""
+COPIES = 36
+"""251 utterances so many times, under other names: 9,036 files."""
 READY = 5
 """Batches that two workers may have ready before a turn, and one more that was begun."""
 H100 = 1_500
@@ -52,11 +51,7 @@ def write_corpora(data: Path, work: Path) -> None:
             shutil.copyfile(
                 source, folder / f"{speaker}-{chapter}-{int(number) + 1000 * copy:04d}.flac"
             )
-    backgrounds = work / "CHiME3/data/audio/16kHz/backgrounds"
-    backgrounds.mkdir(parents=True)
-    for source in sorted((data / "noise").glob("*.flac")):
-        wave, rate = soundfile.read(source, dtype="int16")
-        soundfile.write(backgrounds / f"{source.stem}.wav", wave, rate, subtype="PCM_16")
+    shutil.copytree(data / "CHiME3", work / "CHiME3")
 
 
 def serve(name: str, work: Path, workers: int) -> None:
@@ -195,7 +190,12 @@ def main() -> None:
     """Write what is missing, measure in turns, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("work", type=Path, help="folder that gets 0.5 GB for every kind of file")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path("build/sample"),
+        help="with LibriSpeech and CHiME3 as published",
+    )
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument("--cores", nargs="+", default=["0", "0,1"])
     parser.add_argument("--turns", type=int, default=5)

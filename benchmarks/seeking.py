@@ -28,7 +28,7 @@ import soundfile
 from mtl_dist.config import load_config
 from mtl_dist.data.lanes import Blocks
 from mtl_dist.data.loader import ClipStream, Positions
-from mtl_dist.data.streams import LAZY, StreamFiles
+from mtl_dist.data.streams import StreamFiles
 from mtl_dist.experiment import Experiment, build_experiment
 from mtl_dist.runtime import World
 
@@ -55,15 +55,15 @@ def write_corpus(root: Path, rows: int, per_file: int, per_group: int) -> None:
 
 
 class Watch:
-    """Counts, while it is entered, what is read: pieces of blocks, their rows, bytes by the kernel's count; and seconds."""
+    """Counts, while it is entered, what is read: blocks, their rows, bytes by the kernel's count; and seconds."""
 
     def __enter__(self) -> "Watch":
         self.stack, read = ExitStack(), StreamFiles.read
-        self.pieces = self.rows = 0
+        self.blocks = self.rows = 0
 
-        def noted(files: StreamFiles, file: int, piece: int):
-            self.pieces += 1
-            for table in read(files, file, piece):
+        def noted(files: StreamFiles, file: int, part: int):
+            self.blocks += 1
+            for table in read(files, file, part):
                 self.rows += len(table)
                 yield table
 
@@ -91,13 +91,10 @@ def words(root: Path, ranks: int) -> list[str]:
 
 def far_positions(stream: ClipStream) -> Positions:
     """Return where lanes may be in the middle of an epoch: in the middle of a block of theirs."""
-    ((blocks, _),) = stream.groups
     found = {}
     for number in range(stream.lanes):
-        lane = stream.lane(number, 0, {})
-        turn = len(lane.own(FAR_EPOCH)) // 2
-        pieces = len(blocks.pieces(int(lane.own(FAR_EPOCH)[turn])))
-        found[number] = (FAR_EPOCH, turn, pieces // 2, 7)
+        own = stream.lane(number, 0, {}).own(FAR_EPOCH)
+        found[number] = (FAR_EPOCH, len(own) // 2, 40)
     return {stream.name: found}
 
 
@@ -109,7 +106,7 @@ def first_round(experiment: Experiment, world: World, positions: Positions) -> t
         begun = next(stream.rounds(0, pin_memory=False))
     assert not begun.bad, begun.bad[:3]
     assert begun.clips == stream.global_batch // world.size
-    assert watch.pieces <= 2 * lanes, f"{watch.pieces} blocks were read in {lanes} lanes"
+    assert watch.blocks <= 2 * lanes, f"{watch.blocks} blocks were read in {lanes} lanes"
     return watch, lanes
 
 
@@ -119,11 +116,10 @@ def start_up(layout: str, root: Path) -> Experiment:
         experiment = build_experiment(load_config(words(root, 1)))
     first, _ = first_round(experiment, World(), {})
     (part,) = experiment.corpora["librispeech"].parts["train"]
-    kind = "files" if part.blocks[0, 1] == LAZY else "row groups"
     sent = len(pickle.dumps(experiment.corpora)) / 1e6
     about = "" if part.exact else "about "
     print(
-        f"| {layout}: {LAYOUTS[layout][0]:,} rows | {len(part.blocks):,} {kind} | {about}{part.clips:,} "
+        f"| {layout}: {LAYOUTS[layout][0]:,} rows | {len(part.blocks):,} | {about}{part.clips:,} "
         f"| {opening.seconds:.2f} | {opening.bytes / 1e6:.1f} | {first.seconds:.2f} "
         f"| {opening.seconds + first.seconds:.2f} | {sent:.2f} |"
     )
@@ -147,10 +143,10 @@ def seeking(layout: str, root: Path, turns: int) -> None:
             watch, lanes = first_round(experiment, world, places[place])
             found[place].append(watch)
         for place, runs in found.items():
-            figures = [(w.pieces, w.rows, w.bytes / 1e6, w.seconds) for w in runs]
-            pieces, rows, size, seconds = map(statistics.median, zip(*figures, strict=True))
+            figures = [(w.blocks, w.rows, w.bytes / 1e6, w.seconds) for w in runs]
+            blocks, rows, size, seconds = map(statistics.median, zip(*figures, strict=True))
             print(
-                f"| {layout}, {what} | {place} | {lanes} | {pieces:.0f} | {rows:.0f} | {size:.2f} | {seconds:.3f} |"
+                f"| {layout}, {what} | {place} | {lanes} | {blocks:.0f} | {rows:.0f} | {size:.2f} | {seconds:.3f} |"
             )
 
 

@@ -33,7 +33,7 @@ class TrainState:
 
     round: int = 0
     positions: dict[str, list[list[int]]] = dataclasses.field(default_factory=dict)
-    """{stream: (epoch, turn, piece, row) of each lane's next clip}: data/lanes.py."""
+    """{stream: (epoch, turn, row) of each lane's next clip}: data/lanes.py."""
     best: float | None = None
     best_round: int = 0
     validations_since_best: int = 0

@@ -83,15 +83,14 @@ def evaluation_rows(
             corpus: Lane(recordings, len(blocks), place, (seed, "evaluation", corpus))
             for corpus, recordings in noise.items()
         }
-        for piece in blocks.pieces(block):
-            for _, row in blocks.rows(block, piece, (seed, "evaluation")):
-                recordings = {corpus: next(lane)[1] for corpus, lane in beside.items()}
-                if limit is None or found % world.size == world.rank:
-                    row.backgrounds = {c: Background(r, rate) for c, r in recordings.items()}
-                    yield row
-                found += 1
-                if found == limit:
-                    return
+        for _, row in blocks.rows(block, (seed, "evaluation")):
+            recordings = {corpus: next(lane)[1] for corpus, lane in beside.items()}
+            if limit is None or found % world.size == world.rank:
+                row.backgrounds = {c: Background(r, rate) for c, r in recordings.items()}
+                yield row
+            found += 1
+            if found == limit:
+                return
 
 
 def evaluation_batches(

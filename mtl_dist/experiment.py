@@ -82,7 +82,7 @@ class Experiment:
                 *stream.groups,
                 *((b, stream.lanes) for b in stream.noise.values()),
             ):
-                each += count * max(part.block_bytes for part in blocks.parts)
+                each += count * max(part.files.table_bytes for part in blocks.parts)
         return each // ranks
 
     def clips(self, task: str) -> int:

@@ -169,7 +169,7 @@ class Keeper:
             checkpoint.check_fit(path, weights, self.engine.shapes)
         except ValueError as error:
             raise ConfigError(f"run.dir: {error}") from error
-        if any(isinstance(lanes, int) for lanes in state.positions.values()):
+        if any(isinstance(lanes, int) or len(lanes[0]) != 3 for lanes in state.positions.values()):
             raise ConfigError(
                 f"run.dir: {path} was written by an earlier version, whose clips came in another order; start a new run"
             )

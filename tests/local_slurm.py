@@ -1,7 +1,7 @@
 """A SLURM cluster for tests, and the local one that a script outside the project brings up.
 
-The script is the one that MTL_DIST_LOCAL_SLURM names, or shared/tools/local-slurm/start.sh in a folder above the project. It
-takes SLURM_LOCAL_PROCTRACK, ends with `now: . FILE`, a file that sets SLURM_CONF, and has a stop.sh beside it.
+MTL_DIST_LOCAL_SLURM names the script. It takes SLURM_LOCAL_PROCTRACK, ends with `now: . FILE`, a file that sets SLURM_CONF,
+and has a stop.sh beside it.
 """
 
 import os
@@ -74,10 +74,8 @@ class Cluster:
 
 
 def start_script() -> Path | None:
-    if "MTL_DIST_LOCAL_SLURM" in os.environ:
-        return Path(os.environ["MTL_DIST_LOCAL_SLURM"])
-    places = (above / "shared/tools/local-slurm/start.sh" for above in tiny.REPOSITORY.parents)
-    return next(filter(Path.is_file, places), None)
+    named = os.environ.get("MTL_DIST_LOCAL_SLURM")
+    return Path(named) if named else None
 
 
 def bring_up(script: Path, tracker: str) -> Cluster:
@@ -86,9 +84,8 @@ def bring_up(script: Path, tracker: str) -> Cluster:
         pytest.skip(f"{script} needs root")
     wanted = {"SLURM_LOCAL_PROCTRACK": tracker, "SLURM_LOCAL_GPUS": "8", "SLURM_LOCAL_CPUS": "64"}
     done = subprocess.run([script], env=os.environ | wanted, capture_output=True, text=True)
-    if done.returncode != 0:  # one that was named must work; one that happens to lie there may not
-        refuse = pytest.fail if "MTL_DIST_LOCAL_SLURM" in os.environ else pytest.skip
-        refuse(f"{script} failed: {done.stdout}{done.stderr}")
+    if done.returncode != 0:
+        pytest.fail(f"{script} failed: {done.stdout}{done.stderr}")
     file = Path(re.findall(r"now: \. (\S+)", done.stdout)[-1])
     (conf,) = re.findall(r"SLURM_CONF=(\S+)", file.read_text())
     return Cluster(os.environ | {"SLURM_CONF": conf})

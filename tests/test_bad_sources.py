@@ -197,7 +197,7 @@ def test_what_happens_to_a_shard_later_ends_the_run_by_its_name_and_nothing_is_l
         patch.setattr(Monitor, "round", damaging)
         error = refused(*told)
     assert re.match(r"error: rank 0 on \S+, corpus unlabelled_folder, ", error)
-    assert f"{victim}, row group " in error
+    assert f"{victim}, part " in error
     assert "is gone or was changed since it was opened" in error
     done = len(learned(run))
     assert epoch <= done < ROUNDS
@@ -249,7 +249,7 @@ def test_rows_without_audio_and_a_broken_flac_are_skipped_and_counted_by_file_an
     found = entries(run, "bad_files")
     messages = [message for entry in found for message in entry["messages"]]
     cannot = r"(cannot be read as audio|is truncated) ?.*"
-    named = f"{shard(root)}, row group 0, row"
+    named = f"{shard(root)}, part 0 of 3, row"
     reasons = [
         rf"{named} 0 \(cat/0000.flac\): holds no bytes",
         f"{root}/dog/0001.flac: {cannot}",
@@ -262,7 +262,7 @@ def test_rows_without_audio_and_a_broken_flac_are_skipped_and_counted_by_file_an
     assert found[-1]["total"] == len(messages)
     error = refused(*words(root, tmp_path / "strict", "--data.max_bad_share", "0.01"))
     assert "clips could not be used, more than data.max_bad_share 0.01; the last: " in error
-    assert ", row group " in error
+    assert ", part " in error
 
 
 def test_a_source_without_other_sides_trains_all_the_same(tmp_path):

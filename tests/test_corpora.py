@@ -20,14 +20,15 @@ from mtl_dist.data.corpora import CORPORA, synthetic
 from mtl_dist.data.lanes import Blocks, Lane
 from mtl_dist.data.sources import SPLITS
 
-SAMPLE = tiny.REPOSITORY.parent / "shared" / "data"
+SAMPLE = Path(os.environ.get("MTL_DIST_SAMPLE", "no sample"))
+"""A folder with a small sample of real audio, and the script unpack.py, which lays it out as published."""
 
 
 @pytest.fixture(scope="session")
 def real(tmp_path_factory):
     """The real sample, laid out as published."""
     if not (SAMPLE / "unpack.py").is_file():
-        pytest.skip("the real audio sample ../shared/data is not here")
+        pytest.skip("MTL_DIST_SAMPLE names no sample of real audio")
     out = tmp_path_factory.mktemp("real")
     subprocess.run([sys.executable, SAMPLE / "unpack.py", out], check=True, capture_output=True)
     return out

@@ -44,10 +44,11 @@ def test_a_split_streams_through_lanes_with_the_sides_of_the_data_set_and_pinned
     for ours, theirs in {"train": "train.100", "validation": "validation", "test": "test"}.items():
         (part,) = corpus.parts[ours]
         assert all(f"/{SPEECH}@{COMMIT}/clean/{theirs}/" in name for name in part.files.names)
-        assert len(part.blocks) == sum(map(len, SPLITS[theirs]))
+        assert len(part.blocks) == len(SPLITS[theirs]) * len(SPLITS[theirs][0])
         numbers = list(range(len(part.blocks)))
         blocks = hub_client.rows_of(Blocks([part]), numbers)
-        assert [len(block) for block in blocks] == [n for file in SPLITS[theirs] for n in file]
+        found = [len(block) for block in blocks if block]
+        assert found == [n for file in SPLITS[theirs] for n in file]
         assert {k: v for block in blocks for k, v in block.items()} == hub.written[theirs]
     blocks = Blocks(corpus.parts["train"])
     clips = [next(lane)[1].id for lane in [Lane(blocks, 4, n, (0,)) for n in range(4)]]

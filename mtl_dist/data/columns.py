@@ -133,10 +133,11 @@ def whole(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
-def audio_at(column: pa.StructArray) -> Callable[[int], dict]:
-    """Return at(row) -> {"bytes", "path"} of a column of audio, which copies the bytes once; a scalar copies them twice."""
+def rows_of(table: pa.Table) -> tuple[list[dict], Callable[[int], dict]]:
+    """Return a table's rows but for the audio, and at(row) -> {"bytes", "path"}, which copies the bytes once, not twice."""
+    column = whole(table["audio"])
     data, paths = pc.struct_field(column, "bytes"), pc.struct_field(column, "path").to_pylist()
-    there, (_, offsets, values) = data.is_valid().to_numpy(zero_copy_only=False), data.buffers()
+    there, (_, offsets, values) = data.is_valid().to_pylist(), data.buffers()
     bounds = np.frombuffer(offsets, np.int32)[data.offset :] if offsets else None
 
     def at(row: int) -> dict:
@@ -145,7 +146,7 @@ def audio_at(column: pa.StructArray) -> Callable[[int], dict]:
         inside = memoryview(values or b"")[bounds[row] : bounds[row + 1]]
         return {"bytes": bytes(inside), "path": paths[row]}
 
-    return at
+    return table.drop_columns("audio").to_pylist(), at
 
 
 def _member(table: pa.Table, theirs: str, ours: str) -> pa.ChunkedArray:

@@ -1,27 +1,25 @@
 """The endless order of clips: blocks dealt to lanes, a lane's rows one after the other, free of ranks and workers.
 
 Every epoch deals the blocks anew, shuffled, to L lanes, going on where the last epoch's deal ended; a lane reads its blocks
-one after the other, the rows of a block shuffled, and goes on to the next epoch by itself. Its position is (epoch, turn,
-piece, row): which of its blocks of that epoch, which piece of it (streams.py), which row comes next. Tested by
-tests/test_lanes.py.
+one after the other, the rows of each table shuffled, and goes on to the next epoch by itself. Its position is (epoch, turn,
+row): which of its blocks of that epoch, and which row of it comes next. Tested by tests/test_lanes.py.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 
 from mtl_dist.audio.clips import Row
-from mtl_dist.data.columns import audio_at, whole
+from mtl_dist.data.columns import rows_of
 from mtl_dist.data.faults import DataError, call_with_timeout, rank_label, reason
 from mtl_dist.data.keys import generator
-from mtl_dist.data.streams import LAZY, RowFiles, StreamFiles
+from mtl_dist.data.streams import RowFiles, StreamFiles
 
-Position = tuple[int, int, int, int]
+Position = tuple[int, int, int]
 NOT_IN_ROWS = ("speaker", "seconds")
-START: Position = (0, 0, 0, 0)
+START: Position = (0, 0, 0)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -29,10 +27,9 @@ class Part:
     """What a corpus' split takes of one source.
 
     Attributes:
-        blocks: (file, piece) of each: int64 (blocks, 2).
+        blocks: (file, part) of each: int64 (blocks, 2).
         keep: which ids, where not all; of labelled corpora.
         clips: how many; `exact` unless they were estimated by one block.
-        block_bytes: about what a lane holds of it in memory.
         span: share of each recording that may be heard, of noise.
     """
 
@@ -45,7 +42,6 @@ class Part:
     source: int = 0
     clips: int = 0
     exact: bool = True
-    block_bytes: int = 0
     span: tuple[float, float] = (0.0, 1.0)
 
 
@@ -86,13 +82,6 @@ class Blocks:
             self._order[key] = generator(*key).permutation(len(self))
         return self._order[key]
 
-    def pieces(self, number: int) -> list[int]:
-        """Return the pieces of a block that are read one after the other."""
-        part, (file, piece) = self.parts[self._part[number]], self._place[number].tolist()
-        if piece != LAZY:
-            return [piece]
-        return list(range(self._bounded(lambda: part.files.pieces(file), part, file, piece)))
-
     def note_empty(self, number: int) -> None:
         """Let lanes pass over a block. Raises DataError where there is no other left."""
         self.empty.add(number)
@@ -102,83 +91,62 @@ class Blocks:
                 f"{rank_label(self.rank)}, corpus {corpora}: none of its {len(self)} blocks holds a clip"
             )
 
-    def rows(
-        self, number: int, piece: int, key: tuple, first: int = 0
-    ) -> Iterator[tuple[int, Row]]:
-        """Yield (place, row) of a piece from place `first` on; shuffled by the key where it is held in memory.
+    def rows(self, number: int, key: tuple, first: int = 0) -> Iterator[tuple[int, Row]]:
+        """Yield (place, row) of a block from place `first` on, those of each table shuffled by the key.
 
         Raises:
             DataError: it cannot be read, naming rank, corpus, file and the reason.
         """
-        part, file = self.parts[self._part[number]], int(self._place[number, 0])
-        name, place, before = part.files.name(file, piece), 0, 0
-        for table in self._tables(part, file, piece):
-            chosen = np.arange(len(table))
-            if part.keep is not None:
-                ids = table["id"].to_pylist()
-                chosen = np.array([n for n in chosen if part.keep(ids[n])], np.int64)
-            if part.files.resident and len(chosen) > 1:
-                chosen = chosen[generator(*key, "rows", file, piece).permutation(len(chosen))]
-            names = name, f"{file}-{piece}"
-            yield from _rows(table, chosen, part, names, before, place, first)
-            place, before = place + len(chosen), before + len(table)
+        part, (file, block) = self.parts[self._part[number]], self._place[number].tolist()
+        tables, name = part.files.read(file, block), part.files.name(file, block)
+        place = before = 0
+        while (found := self._next(tables, part, name)) is not None:
+            rows, audio_of = found
+            kept = [n for n, row in enumerate(rows) if part.keep is None or part.keep(row["id"])]
+            order = range(len(kept))
+            if len(kept) > 1:
+                order = generator(*key, "rows", number, before).permutation(len(kept)).tolist()
+            for offset, drawn in enumerate(order):
+                if place + offset >= first:
+                    at = kept[drawn]
+                    row = _row(part, rows[at], audio_of(at), (name, f"{file}-{block}"), before + at)
+                    yield place + offset, row
+            place, before = place + len(kept), before + len(rows)
 
-    def _tables(self, part: Part, file: int, piece: int) -> Iterator[pa.Table]:
-        tables = part.files.read(file, piece)
+    def _next(self, tables: Iterator[pa.Table], part: Part, name: str):
+        """Return the next table's rows as rows_of has them. Raises DataError."""
+
+        def ask():
+            table = next(tables, None)
+            return None if table is None else rows_of(table)
+
         if isinstance(part.files, RowFiles):
-            yield from tables
-        elif part.files.resident:
-            yield from self._bounded(lambda: list(tables), part, file, piece)
-        else:
-            ask = functools.partial(next, tables, None)
-            while (table := self._bounded(ask, part, file, piece)) is not None:
-                yield table
-
-    def _bounded(self, action: Callable, part: Part, file: int, piece: int):
-        where = f"corpus {part.corpus}, {part.files.name(file, piece)}"
-        what = f"{rank_label(self.rank)}, {where}"
+            return ask()
+        what = f"{rank_label(self.rank)}, corpus {part.corpus}, {name}"
         try:
-            return call_with_timeout(action, self.patience, what)
+            return call_with_timeout(ask, self.patience, what)
         except Exception as error:  # whatever file systems, transports and formats raise
             raise DataError(f"{what}: {reason(error)}") from error
 
 
-def _rows(
-    table: pa.Table,
-    chosen: np.ndarray,
-    part: Part,
-    names: tuple[str, str],
-    before: int,
-    place: int,
-    first: int,
-) -> Iterator[tuple[int, Row]]:
-    """Yield (place, row) of the chosen rows of a table whose first has the place `place`, from place `first` on.
-
-    `before` are the rows of the piece before it: what has no id is called by its place there, the same in every epoch.
-    """
-    columns = {n: whole(table[n]) for n in table.column_names if n not in NOT_IN_ROWS}
-    audio_of, (name, nameless) = audio_at(columns.pop("audio")), names
-    for offset, row in enumerate(chosen.tolist()):
-        if place + offset < first:
-            continue
-        values = {n: column[row].as_py() for n, column in columns.items()}
-        clip, audio = values.pop("id") or f"{nameless}-{before + row}", audio_of(row)
-        if audio["bytes"] is None and not audio["path"]:
-            audio = {"bytes": b"", "path": None}
-        if audio["bytes"] is not None:
-            audio["path"] = f"{name}, row {before + row} ({clip})"
-        yield (
-            place + offset,
-            Row(
-                id=f"{part.corpus}/{clip}",
-                audio=audio,
-                label=part.classes.get(values.pop("label"), -1),
-                split=part.split,
-                corpus=part.corpus,
-                span=part.span,
-                **values,
-            ),
-        )
+def _row(part: Part, values: dict, audio: dict, names: tuple[str, str], place: int) -> Row:
+    """Return a row of a block; what has no id is called by its place there, the same in every epoch."""
+    name, nameless = names
+    values = {column: values[column] for column in values if column not in NOT_IN_ROWS}
+    clip = values.pop("id") or f"{nameless}-{place}"
+    if audio["bytes"] is None and not audio["path"]:
+        audio = {"bytes": b"", "path": None}
+    if audio["bytes"] is not None:
+        audio["path"] = f"{name}, row {place} ({clip})"
+    return Row(
+        id=f"{part.corpus}/{clip}",
+        audio=audio,
+        label=part.classes.get(values.pop("label"), -1),
+        split=part.split,
+        corpus=part.corpus,
+        span=part.span,
+        **values,
+    )
 
 
 class Lane:
@@ -222,7 +190,7 @@ class Lane:
         return self.blocks.order(*self.key, "blocks", epoch)[first :: self.lanes]
 
     def _rows(self) -> Iterator[tuple[int, Row]]:
-        epoch, first_turn, first_piece, first_row = self.position
+        epoch, first_turn, first_row = self.position
         count = len(self.blocks)
         while True:
             epoch += (
@@ -232,24 +200,14 @@ class Lane:
             for turn in range(first_turn, len(own)):
                 if own[turn] in self.blocks.empty:
                     continue
-                heard = first_piece + first_row > 0
-                pieces = self.blocks.pieces(own[turn])
-                key = (*self.key, epoch)
-                order = [0]
-                if len(pieces) > 1:
-                    draw = generator(*key, "pieces", own[turn])
-                    order = draw.permutation(len(pieces)).tolist()
-                for place in range(first_piece, len(order)):
-                    piece = pieces[order[place]]
-                    first, again = divmod(first_row, self.times)
-                    for row_place, row in self.blocks.rows(own[turn], piece, key, first):
-                        for time in range(again, self.times):
-                            self.position = (epoch, turn, place, row_place * self.times + time + 1)
-                            heard = True
-                            yield epoch, row
-                        again = 0
-                    first_row = 0
-                first_piece = 0
+                heard = first_row > 0
+                first, again = divmod(first_row, self.times)
+                for place, row in self.blocks.rows(own[turn], (*self.key, epoch), first):
+                    for time in range(again, self.times):
+                        self.position, heard = (epoch, turn, place * self.times + time + 1), True
+                        yield epoch, row
+                    again = 0
+                first_row = 0
                 if not heard:
                     self.blocks.note_empty(own[turn])
             epoch, first_turn = epoch + 1, 0

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import fsspec
+import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mtl_dist.audio.clips import Background, Clip, ClipReader, Row
@@ -34,7 +35,7 @@ Result = TypeVar("Result")
 SECONDS_AFTER_SIGTERM = 120
 """A worker that is told to stop ends with its training process, and after this at the latest."""
 
-NOISE_CUTS = 4
+NOISE_CUTS = 8
 """How many clips of a lane, one after the other, have noise cut from one recording or piece, each at a place of its own: a
 row group of noise is read as seldom as one of clips, and takes a fraction of the memory."""
 
@@ -226,8 +227,8 @@ class RoundStream(IterableDataset):
             for _ in range(self.global_batch // stream.lanes):
                 epoch, row = next(lane)
                 row.backgrounds = {
-                    corpus: Background(next(beside)[1], self.reader.rate)
-                    for corpus, beside in noise.items()
+                    corpus: Beside(next(own)[1], self.reader.rate, self.bound)
+                    for corpus, own in noise.items()
                 }
                 cut = functools.partial(
                     read_crops, row, epoch, tasks, self.reader, self.seed, share.bad
@@ -241,9 +242,7 @@ class RoundStream(IterableDataset):
             for corpus, beside in noise.items():
                 share.positions.setdefault(f"{stream.name}/{corpus}", {})[number] = beside.position
         for name, own in clips.items():
-            make = functools.partial(prepare, self.tasks[name], own, self.seed, share.bad)
-            noise = [b.row for _, clip in own for b in clip.backgrounds.values()]
-            share.batches[name] = read_bounded(make, noise, *self.bound)
+            share.batches[name] = prepare(self.tasks[name], own, self.seed, share.bad)
 
     def rounds(self, workers: int, pin_memory: bool) -> "Rounds":
         """Return the iterator of this rank's whole rounds, prepared ahead by worker processes."""
@@ -303,6 +302,18 @@ def read_bounded(
         raise DataError(f"{who}, {reason(error).removeprefix('FarFileError: ')}") from error
     except TimeoutError as error:
         raise DataError(f"{what}: {reason(error)}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Beside(Background):
+    """A recording beside a clip; `bound` is (rank, seconds) of read_bounded."""
+
+    bound: tuple[int | None, float]
+
+    def cut(self, samples: int, generator: np.random.Generator) -> np.ndarray:
+        """As Background.cut, within the time. Raises DataError as read_bounded does, too."""
+        cut = functools.partial(Background.cut, self, samples, generator)
+        return read_bounded(cut, [self.row], *self.bound)
 
 
 class Rounds:

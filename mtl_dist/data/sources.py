@@ -10,16 +10,18 @@ import functools
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import datasets
 import fsspec
 from datasets import IterableDataset, load_dataset, load_dataset_builder
 from datasets.data_files import DataFilesList
+from pyarrow.dataset import ParquetFragmentScanOptions
 
 from mtl_dist.data.columns import AUDIO, COLUMNS, Columns
 from mtl_dist.data.faults import named
-from mtl_dist.data.streams import ROWS_AT_A_TIME, StreamFiles
+from mtl_dist.data.streams import MOST_ROWS, StreamFiles
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 COMMIT = re.compile(r"hf://datasets/[^/@]+/[^/@]+@([0-9a-f]{40})/")
@@ -38,6 +40,8 @@ AUDIO_SUFFIXES = frozenset(
 )
 """What is audio in a folder; a manifest may name anything that libsndfile reads."""
 SPLITS = ("train", "validation", "test")
+NOT_AHEAD = ParquetFragmentScanOptions(pre_buffer=False)
+"""Of a local Parquet file a row group is read when it is wanted, and what it was decoded from is not kept."""
 READ_AHEAD = {"hf": {"block_size": 1 << 16}}
 """Bytes of a Parquet file of the Hub that are fetched beyond what is asked for; by default 5 MB after every row group."""
 
@@ -144,16 +148,14 @@ def _open_files(source: Source, split: str, files: list[str], load) -> StreamFil
         listed = {"train": files if hub else DataFilesList(files, [])}
         load, split = functools.partial(load_dataset, builder, data_files=listed), "train"
     if builder == "parquet":
-        load = functools.partial(load, storage_options=READ_AHEAD, batch_size=ROWS_AT_A_TIME)
+        far = {"storage_options": READ_AHEAD}
+        options = far if "://" in files[0] else {"fragment_scan_options": NOT_AHEAD}
+        load = functools.partial(load, batch_size=MOST_ROWS, **options)
     load = functools.partial(load, split=split, streaming=True)
+    convert = functools.partial(converted, source=source, builder=builder, files=files)
     with named(files[0]):  # whose types are those of all
         stream = load()
-    return StreamFiles.open(
-        names=files,
-        stream=converted(stream, source, builder, files),
-        load=load if builder == "parquet" else None,
-        convert=functools.partial(converted, source=source, builder=builder, files=files),
-    )
+        return StreamFiles.open(files, stream, convert, load if builder == "parquet" else None)
 
 
 def _refuse_kinds(suffixes: set[str], source: Source) -> None:
@@ -167,11 +169,16 @@ def _refuse_kinds(suffixes: set[str], source: Source) -> None:
 
 
 def converted(
-    stream: IterableDataset, source: Source, builder: str, files: list[str], audio: bool = True
+    stream: IterableDataset,
+    source: Source,
+    builder: str = "",
+    files: Sequence[str] = (),
+    rows: int = 16,
+    audio: bool = True,
 ) -> IterableDataset:
     """Return a stream with our columns; audio as bytes or a path, never decoded. Raises ValueError as Columns does.
 
-    It states no features, which `datasets` would work out anew for every block; Corpus.stream does.
+    It states no features, which `datasets` would work out for every block; Corpus.stream does.
     """
     features = stream.features or datasets.Features({})
     for name, feature in features.items():
@@ -185,11 +192,10 @@ def converted(
         for name in source.columns:
             if audio or name != "audio":
                 columns.find(name, features.arrow_schema)
-    size = 1000 if builder == "parquet" else 16
-    arrow = stream.with_format(
-        "arrow"
-    )  # of a table that a function returns, remove_columns would take ours
-    return arrow.map(columns, batched=True, batch_size=size)
+    arrow = stream.with_format("arrow")  # or remove_columns, of a function's table, would take ours
+    if builder == "parquet":  # whose tables have been cast; stated, types are worked out for each
+        arrow.info.features = None
+    return arrow.map(columns, batched=True, batch_size=rows)
 
 
 def _expand(path: str) -> list[str]:

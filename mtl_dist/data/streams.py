@@ -1,8 +1,8 @@
 """The files of a source, whose blocks lanes read: of streams, and of rows that are listed.
 
-A block is what is read, and shuffled, at a time: of Parquet a row group, of other formats a file (tars, JSON lines: read
-in order, never held whole), of listed rows some of them. Where a source has more than MOST_FOOTERS files their footers are
-not read at the start: then a block is a file, and its row groups are its pieces, found when a lane comes to it.
+A block is what is dealt to a lane: of Parquet a few row groups side by side, of other formats (tars, JSON lines) a file, of
+listed rows some of them. It is read in order, a table at a time (a row group, or 16 rows), and never held whole. At the
+start one file is looked into; what turns out to hold nothing, later, is passed over.
 """
 
 import dataclasses
@@ -20,26 +20,18 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from mtl_dist.data.columns import FEATURES
 from mtl_dist.data.faults import named
 
-MOST_FOOTERS = 256
-"""Files whose footers are read at the start, some seconds for the Hub's: LibriSpeech has 64, Common Voice has thousands."""
-THREADS = 16
-"""Footers that are read at a time."""
-ROWS_AT_A_TIME = 1000
-"""Largest tables that are asked for; a row group of more is put together."""
-LISTED_BLOCKS = 512
-"""Blocks that listed rows are cut into, or up to twice as many, of MOST_LISTED_ROWS at most."""
-MOST_LISTED_ROWS = 256
-LAZY = -1
+BLOCK_ROWS, FEWEST_BLOCKS = 64, 128
+"""A block is as many row groups of a local file as hold so many rows, or fewer where there would be fewer blocks: to begin
+one, a file is opened, which takes as long as reading some rows. At a URL it is one, which is fetched by one request."""
+ROWS_AT_A_TIME, MOST_ROWS = 16, 1000
+"""Rows of a table where there are no row groups, and at most of one where there are."""
+LISTED_BLOCKS, MOST_LISTED_ROWS = 512, 256
+"""Blocks that listed rows are cut into, or up to twice as many, of so many rows at most."""
 MOST_RECENT = 128
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """What is known of files by their first block: the clips in all of them, `exact` or about; a resident block's bytes."""
-
-    clips: int
-    exact: bool
-    block_bytes: int
+"""Files of which a process remembers where their row groups are; so many at URLs are asked for it at the start."""
+THREADS = 16
+SIZES = 64
+"""Files whose sizes tell those of all."""
 
 
 @dataclasses.dataclass
@@ -49,58 +41,112 @@ class StreamFiles:
     Attributes:
         names: the files' addresses, in the order of the stream's shards.
         stream: all of them, one shard a file, with our columns.
-        resident: whether a block is held whole in memory while a lane reads it.
+        load, convert: of files with row groups: read them with other `columns`, and give those our names.
+        parts: blocks that a file is cut into.
+        rows: of a table.
+        table_bytes: of sound in a table.
+        clips: how many there are; `exact` unless they were estimated.
         sizes: {local file: (bytes, time of change in ns)} when it was opened.
     """
 
     names: list[str]
     stream: IterableDataset
-    resident: bool
     load: Callable[..., IterableDataset] | None = None
     convert: Callable[..., IterableDataset] | None = None
-    opened: dict[int, IterableDataset] = dataclasses.field(default_factory=dict)
+    parts: int = 1
+    rows: int = ROWS_AT_A_TIME
+    table_bytes: int = 0
+    clips: int = 0
+    exact: bool = False
     sizes: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
-    small: IterableDataset | None = None
-    recent: dict[int, IterableDataset] = dataclasses.field(default_factory=dict)
-    """The files that lanes are at, where the footers of all were too many."""
+    recent: dict[tuple[int, bool], IterableDataset] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def open(
         cls,
-        *,
         names: list[str],
         stream: IterableDataset,
+        convert: Callable[..., IterableDataset],
         load: Callable[..., IterableDataset] | None = None,
-        convert: Callable[..., IterableDataset] | None = None,
-        resident: bool = False,
     ) -> "StreamFiles":
-        """Read the footers of files, unless there are too many.
+        """Read the first rows, which tell whether they can be read, and about how many there are and how large.
 
-        `load` reads files of row groups again with other `columns`, `convert` gives those our names.
+        `convert(stream, rows=...)` gives a stream our columns.
+
+        Raises:
+            ValueError: they cannot be read, or there are none.
         """
         if len(names) != stream.num_shards:
             names = [f"{names[0]} (shard {n})" for n in range(stream.num_shards)]
-        files = cls(names, stream, load is not None or resident, load=load, convert=convert)
+        rows = MOST_ROWS if load else ROWS_AT_A_TIME
+        files = cls(names, convert(stream, rows=rows), load, convert, rows=rows)
         files.sizes = {name: stamp for name in names if (stamp := _stamp(name))}
-        if files.resident and len(names) <= MOST_FOOTERS:
-            known = pickle.dumps(
-                stream
-            )  # the Hub's file system keeps listings by thread: those of this one go along
+        for number, name in enumerate(names):
+            with named(name):
+                one = files._file(number)
+                groups = one.num_shards
+                one = one.shard(num_shards=groups, index=0) if groups > 1 else one
+                first = next(one.iter(batch_size=rows), ()) if groups else ()
+            if len(first):
+                break
+        else:
+            raise ValueError(f"{names[0]}: holds no clips, nor do the others of {len(names)} files")
+        sound = [len((audio or {}).get("bytes") or b"") for audio in first["audio"].to_pylist()]
+        files.table_bytes = sum(sound)
+        if load:
+            most = groups * len(names) // FEWEST_BLOCKS if "://" not in names[0] else 1
+            together = max(1, min(BLOCK_ROWS // len(first), most))
+            files.parts, files.rows = -(-groups // together), len(first)
+            files.stream = convert(stream, rows=files.rows)
+        files.recent.clear()
+        if load and "://" in names[0] and len(names) <= MOST_RECENT:
+            known = pickle.dumps(files.known)  # listings of the Hub, which are by thread
             with ThreadPoolExecutor(THREADS, initializer=pickle.loads, initargs=(known,)) as pool:
-                files.opened = dict(enumerate(pool.map(files._open, range(len(names)))))
-            files.recent.clear()
+                list(pool.map(files._file, range(len(names))))  # once, for all ranks
+        files._count(number, groups, len(first))
         return files
 
-    def _open(self, file: int) -> IterableDataset:
-        one = self.opened.get(file) or self.recent.get(file)
+    def _count(self, file: int, groups: int, rows: int) -> None:
+        """Set how many clips there are: by the data set's card, or by a file's first table and all files' sizes."""
+        split = (self.stream.info.splits or {}).get(str(self.stream.split))
+        if split is not None and split.num_examples:
+            self.clips, self.exact = split.num_examples, True
+            return
+        some = self.names[:: -(-len(self.names) // SIZES)]
+        every = sum(map(_size, some)) * len(self.names) / len(some)
+        if self.load:
+            self.clips = round(groups * rows * every / _size(self.names[file]))
+            self.exact = groups == len(self.names) == 1
+        elif every and self.table_bytes:
+            self.clips = round(every * rows / self.table_bytes)
+        else:  # a user's own stream
+            self.clips = len(self.names) * sum(map(len, self.read(file, 0)))
+
+    def _file(self, file: int, small: bool = False) -> IterableDataset:
+        """Return a file as a stream, its row groups as shards; `small`: without audio."""
+        one = self.recent.get((file, small))
         if one is None:
-            one = self.stream.shard(num_shards=self.stream.num_shards, index=file)
+            stream = self.without_audio if small else self.stream
+            one = stream.shard(num_shards=len(self.names), index=file)
             with named(self.names[file]):
-                one = one.reshard() if self.resident else one
+                one = one.reshard() if self.load else one
             while len(self.recent) >= MOST_RECENT:
                 self.recent.pop(next(iter(self.recent)))
-            self.recent[file] = one
+            self.recent[file, small] = one
         return one
+
+    @functools.cached_property
+    def others(self) -> dict[str, str]:
+        """{our column: the data set's} of those that are there, but for the audio, of files with row groups."""
+        there, named_so = self.load().column_names, self.convert.keywords["source"].columns
+        names = {name: named_so.get(name, name) for name in FEATURES if name != "audio"}
+        return {name: theirs for name, theirs in names.items() if theirs in there}
+
+    @functools.cached_property
+    def without_audio(self) -> IterableDataset:
+        """All files with row groups, as a stream of `others`."""
+        stream = self.load(columns=[*self.others.values()])
+        return self.convert(stream, rows=MOST_ROWS, audio=False)
 
     @property
     def known(self) -> object:
@@ -108,104 +154,54 @@ class StreamFiles:
         return self.stream if self.names[0].startswith("hf://") else None
 
     def blocks(self) -> np.ndarray:
-        """Return (file, piece) of every block: int64 (blocks, 2); LAZY for a piece means all of a file's."""
-        if not self.opened:
-            return np.array([(n, LAZY) for n in range(len(self.names))], np.int64).reshape(-1, 2)
-        counts = [self.opened[n].num_shards for n in range(len(self.names))]
-        file = np.repeat(np.arange(len(counts)), counts)
-        piece = np.concatenate([np.arange(count) for count in counts])
-        return np.stack([file, piece], axis=1)
+        """Return (file, part) of every block: int64 (blocks, 2)."""
+        files = np.arange(len(self.names))
+        return np.stack(
+            [files.repeat(self.parts), np.tile(np.arange(self.parts), len(files))], axis=1
+        )
 
-    def pieces(self, file: int) -> int:
-        """Return how many pieces a file has."""
-        return self._open(file).num_shards
+    def shard(self, file: int, part: int, small: bool = False) -> IterableDataset | None:
+        """Return a block as a stream; None where the file has fewer row groups than the first."""
+        one = self._file(file, small)
+        parts = min(self.parts, one.num_shards)
+        if parts < 2:
+            return one if part < parts else None
+        return one.shard(num_shards=parts, index=part) if part < parts else None
 
-    def shard(self, file: int, piece: int) -> IterableDataset:
-        """Return a piece of a file as a stream; LAZY for all of it."""
-        one = self._open(file)
-        several = one.num_shards > 1 and piece != LAZY
-        return one.shard(num_shards=one.num_shards, index=piece) if several else one
-
-    def read(self, file: int, piece: int) -> Iterator[pa.Table]:
-        """Yield a piece's tables with our columns: one, or, where it is not resident, of some rows each.
+    def read(self, file: int, part: int) -> Iterator[pa.Table]:
+        """Yield a block's tables with our columns.
 
         Raises:
             ValueError: the file was changed since it was opened.
         """
-        name = self.names[file]
-        if self.sizes.get(name) != _stamp(name):
+        if self.sizes.get(self.names[file]) != _stamp(self.names[file]):
             raise ValueError("the file is gone or was changed since it was opened; start again")
-        tables = self.shard(file, piece).iter(batch_size=ROWS_AT_A_TIME if self.resident else 16)
-        if not self.resident:
-            yield from tables
-        elif parts := list(tables):
-            yield parts[0] if len(parts) == 1 else pa.concat_tables(parts)
+        one = self.shard(file, part)
+        tables = one.iter(batch_size=self.rows) if one else ()
+        yield from list(tables) if self.load and one and one.num_shards == 1 else tables
 
     def listing(self) -> Iterator[tuple[str, pa.Table]]:
         """Yield (file, table) of all rows, of row groups without their audio."""
-        small = self.load is not None
-        stream = self._without_audio() if small else self.stream
+        stream = self.without_audio if self.load else self.stream
+        rows = MOST_ROWS if self.load else ROWS_AT_A_TIME
         for number, name in enumerate(self.names):
-            one = stream.shard(num_shards=len(self.names), index=number)
             with named(name):
-                for table in one.iter(batch_size=ROWS_AT_A_TIME if small else 16):
+                for table in stream.shard(len(self.names), number).iter(batch_size=rows):
                     yield name, table
 
-    def read_lengths(self, file: int, piece: int) -> Iterator[pa.Table]:
+    def read_lengths(self, file: int, part: int) -> Iterator[pa.Table]:
         """Yield what tells how long the clips of a block are: the column seconds, or the audio where there is none."""
-        if self.load is not None and "seconds" in self._names():
-            if self.small is None:
-                self.small = self._without_audio()
-            one = self.small.shard(num_shards=self.small.num_shards, index=file).reshard()
-            one = one if piece == LAZY else one.shard(num_shards=one.num_shards, index=piece)
-            tables = list(one.iter(batch_size=ROWS_AT_A_TIME))
+        if self.load and "seconds" in self.others:
+            one = self.shard(file, part, small=True)
+            tables = list(one.iter(batch_size=MOST_ROWS)) if one else []
             if not any(table["seconds"].null_count for table in tables):
                 yield from tables
                 return
-        for one in [piece] if piece != LAZY else range(self.pieces(file)):
-            yield from self.read(file, one)
+        yield from self.read(file, part)
 
-    def _names(self) -> dict[str, str]:
-        """Return {our column: the data set's} of those that are there, but for the audio."""
-        there, named = self.load().column_names, self.convert.keywords["source"].columns
-        names = {name: named.get(name, name) for name in FEATURES if name != "audio"}
-        return {name: theirs for name, theirs in names.items() if theirs in there}
-
-    def _without_audio(self) -> IterableDataset:
-        return self.convert(self.load(columns=list(self._names().values())), audio=False)
-
-    def name(self, file: int, piece: int) -> str:
+    def name(self, file: int, part: int) -> str:
         """Return what a block is called in messages."""
-        return self.names[file] + (f", row group {piece}" if self.resident and piece >= 0 else "")
-
-    def sample(self) -> "Sample":
-        """Read the first block, and so find out whether it can be read; tell the rest by it, or by the data set's card.
-
-        Raises:
-            ValueError: it cannot be read, or all are empty.
-        """
-        split = (self.stream.info.splits or {}).get(str(self.stream.split))
-        for file, piece in self.blocks().tolist():
-            with named(self.names[file]):
-                piece = max(0, piece) if self.resident else LAZY
-                first = next(self.read(file, piece), pa.table({}))
-            if rows := len(first):
-                break
-        else:
-            raise ValueError(
-                f"{self.names[0]}: holds no clips, nor do the others of {len(self.names)} files"
-            )
-        size = sum(len((a or {}).get("bytes") or b"") for a in first["audio"].to_pylist())
-        held = size if self.resident else 0
-        if split is not None and split.num_examples:
-            return Sample(split.num_examples, True, held)
-        if self.opened:
-            return Sample(rows * len(self.blocks()), len(self.blocks()) == 1, held)
-        some = self.names[:: max(1, len(self.names) // 64)]
-        every = sum(map(_size, some)) * len(self.names) / len(some) if size else 0
-        if not every:  # a user's own stream
-            rows = len(self.names) * sum(map(len, self.read(0, LAZY)))
-        return Sample(max(rows, round(every * rows / max(1, size))), False, held)
+        return self.names[file] + (f", part {part} of {self.parts}" if self.parts > 1 else "")
 
     def fingerprint(self) -> dict[str, str]:
         """Return {file: what tells it from another state of it}: on a disk bytes and time, on the Hub the commit."""
@@ -222,7 +218,8 @@ class StreamFiles:
 
     def select(self, blocks: np.ndarray) -> IterableDataset:
         """Return some blocks as one stream."""
-        return concatenate_datasets([self.shard(*block) for block in blocks.tolist()])
+        shards = (self.shard(*block) for block in blocks.tolist())
+        return concatenate_datasets([shard for shard in shards if shard is not None])
 
 
 @dataclasses.dataclass
@@ -230,7 +227,7 @@ class RowFiles:
     """Listed rows, whose audio lies in files of their own: a Dataset with our columns, in the order of its blocks."""
 
     rows: Dataset
-    resident: bool = True
+    table_bytes = 0
     systems: list = dataclasses.field(default_factory=list)
     """The fsspec file systems of URLs."""
 
@@ -254,19 +251,15 @@ class RowFiles:
         count = -(-len(self.rows) // self.size)
         return np.stack([np.arange(count), np.zeros(count, np.int64)], axis=1)
 
-    def pieces(self, file: int) -> int:
-        """As StreamFiles has it."""
-        return 1
-
-    def read(self, file: int, piece: int) -> Iterator[pa.Table]:
+    def read(self, file: int, part: int) -> Iterator[pa.Table]:
         """Yield the table of a block."""
         yield self.table[file * self.size : (file + 1) * self.size]
 
-    def read_lengths(self, file: int, piece: int) -> Iterator[pa.Table]:
+    def read_lengths(self, file: int, part: int) -> Iterator[pa.Table]:
         """As StreamFiles has it."""
-        return self.read(file, piece)
+        return self.read(file, part)
 
-    def name(self, file: int, piece: int) -> str:
+    def name(self, file: int, part: int) -> str:
         """As StreamFiles has it."""
         return f"listed rows from {file * self.size} on"
 

@@ -251,7 +251,7 @@ def pad_waves(waves: list[np.ndarray], samples: int) -> Tensor:
 def _zeros(clips: int, samples: int) -> Tensor:
     """Return float32 (B, T) of zeros; in a loader's worker in memory that is shared, or else it would be copied there."""
     if get_worker_info() is None:
-        return torch.zeros(clips, samples)
+        return torch.from_numpy(np.zeros((clips, samples), np.float32))
     size = clips * samples
     storage = torch.UntypedStorage._new_shared(size * torch.float32.itemsize)  # as default_collate
     return torch.empty(0).set_(storage, 0, (clips, samples))

@@ -19,8 +19,7 @@ def rows_of(blocks: Blocks, numbers: list[int]) -> list[dict[str, bytes]]:
     """Return {id: bytes} of some blocks."""
     told = []
     for number in numbers:
-        (piece,) = blocks.pieces(number)
-        rows = [row for _, row in blocks.rows(number, piece, ("key",))]
+        rows = [row for _, row in blocks.rows(number, ("key",))]
         told.append({row.id.split("/")[1]: row.audio["bytes"] for row in rows})
     return told
 
@@ -28,7 +27,7 @@ def rows_of(blocks: Blocks, numbers: list[int]) -> list[dict[str, bytes]]:
 def cut(sent: bytes, samples: int) -> list[np.ndarray]:
     """Return a stretch of each recording of a corpus of noise."""
     blocks, draw = Blocks(pickle.loads(sent).noise("train"), 3, 60), np.random.default_rng(0)
-    rows = [row for number in range(len(blocks)) for _, row in blocks.rows(number, 0, ("key",))]
+    rows = [row for number in range(len(blocks)) for _, row in blocks.rows(number, ("key",))]
     return [Background(row, 16_000).cut(samples, draw) for row in rows]
 
 

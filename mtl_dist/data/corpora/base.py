@@ -10,6 +10,7 @@ import inspect
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
@@ -217,8 +218,11 @@ def _saved(source: Source) -> dict[str, StreamFiles]:
     for split, rows in found.items():
         if source.split in (None, split):
             blocks = min(SAVED_BLOCKS, max(1, len(rows) // SAVED_BLOCK_ROWS))
-            stream = converted(rows.to_iterable_dataset(num_shards=blocks), source, "saved", [])
-            files[split] = StreamFiles.open(names=[source.path], stream=stream, resident=True)
+            stream, convert = (
+                rows.to_iterable_dataset(num_shards=blocks),
+                partial(converted, source=source),
+            )
+            files[split] = StreamFiles.open([source.path], stream, convert)
     if not files:
         raise ValueError(f"split: {source.split!r} (allowed: {', '.join(found)})")
     return files
@@ -251,9 +255,8 @@ class _FromFunction:
                     f"corpora.{name}: its function returned a {type(stream).__name__}, not a datasets.IterableDataset"
                 )
             if stream is not None:
-                made = converted(stream, Source(path=name), "function", [])
-                streams.append(
-                    (0, split, StreamFiles.open(names=[f"its stream for {split}"], stream=made))
-                )
+                convert = partial(converted, source=Source(path=name))
+                files = StreamFiles.open([f"its stream for {split}"], stream, convert)
+                streams.append((0, split, files))
         corpus = make_corpus(name, Listing(rows=[]), streams, seed=seed, labelled=True)
         return dataclasses.replace(corpus, sendable=False)

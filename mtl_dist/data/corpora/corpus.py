@@ -21,6 +21,8 @@ from mtl_dist.data.lanes import Part
 from mtl_dist.data.sources import SPLITS, ours
 from mtl_dist.data.streams import RowFiles, StreamFiles
 
+LOOKED = 64
+"""Blocks that are held out after being looked for; of more, some that hold nothing do not matter."""
 ROW_FEATURES = datasets.Features({**FEATURES, "number": datasets.Value("int64")})
 
 SPLIT_SPANS = {"train": (0.0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1.0)}
@@ -257,10 +259,9 @@ def _add_stream(
     index = {label: n for n, label in enumerate(corpus.classes)}
     part = Part(corpus=corpus.name, split=ours(split), files=files, blocks=files.blocks())
     part = dataclasses.replace(part, classes=index, source=number, keep=keep)
-    found = files.sample()
-    part.block_bytes = found.block_bytes
     if rows is None:
-        part = dataclasses.replace(part, clips=found.clips, exact=found.exact and keep is None)
+        exact = files.exact and keep is None
+        part = dataclasses.replace(part, clips=files.clips, exact=exact)
         corpus.parts.setdefault(part.split, []).append(part)
     for own in SPLITS if rows is not None else ():
         ids = frozenset(row["id"] for row in rows if row["split"] == own)
@@ -280,8 +281,14 @@ def _hold_out(corpus: Corpus, split: str, share: float, seed: int, others: int) 
             f"corpora.{corpus.name}: {parts[0].files.names[0]} has {len(owner)} blocks, too few to hold some for {split}: "
             f"name a source with the split {split}, or write more files or row groups (mtl-dist prepare)"
         )
-    held = np.zeros(len(owner), bool)
-    held[generator(seed, corpus.name, "held out", split).permutation(len(owner))[:count]] = True
+    held, every = np.zeros(len(owner), bool), [part for part in parts for _ in part.blocks]
+    places = np.concatenate([part.blocks for part in parts]) if parts else held
+    order = generator(seed, corpus.name, "held out", split).permutation(len(owner))
+    for looked, place in enumerate(order.tolist()):
+        if held.sum() == count:
+            break
+        there = looked >= LOOKED or every[place].files.shard(*places[place].tolist()) is not None
+        held[place] = there  # a file may have fewer row groups than the first
     for number, part in enumerate(parts):
         own = held[owner == number]
         clips = round(part.clips * own.mean())

@@ -50,10 +50,10 @@ def take_hours(corpus: Corpus, hours: float, seed: int) -> None:
     corpus.notes.append(f"{seconds / 3600:.2f} h of training audio taken, by data.split_seed")
 
 
-def _length(part: Part, file: int, piece: int) -> tuple[float, int]:
+def _length(part: Part, file: int, block: int) -> tuple[float, int]:
     """Return (seconds, clips) of a block."""
     total, count = 0.0, 0
-    for table in part.files.read_lengths(file, piece):
+    for table in part.files.read_lengths(file, block):
         for seconds, audio in zip(
             table["seconds"].to_pylist(), table["audio"].to_pylist(), strict=True
         ):
