@@ -1,13 +1,15 @@
 """The columns of a stream, brought to our names and types. Tested by tests/test_sources.py."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePosixPath
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from datasets import IterableDataset
 
 COLUMNS = ("audio", "id", "label", "speaker", "seconds")
 """What a source's `columns` may rename."""
@@ -34,7 +36,7 @@ AUDIO_COLUMNS = ("audio", *"flac wav ogg opus mp3 path file_name".split())
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Brings a stream's tables to FEATURES.
+    """Brings a stream and its tables to FEATURES.
 
     Args:
         names: {our name: the data set's}; a member of a struct is named column.member, as of a tar's JSON (json.speaker).
@@ -47,6 +49,34 @@ class Columns:
     folder: str = ""
     classes: Mapping[str, list[str]] = dataclasses.field(default_factory=dict)
     audio: bool = True
+
+    @classmethod
+    def of(
+        cls, stream: IterableDataset, names: Mapping[str, str], files: Sequence[str] = ()
+    ) -> "Columns":
+        """Return those of a stream of files. Raises ValueError for what is named, or needed, and is not there."""
+        features = stream.features or datasets.Features({})
+        classes = {n: f.names for n, f in features.items() if isinstance(f, datasets.ClassLabel)}
+        columns = cls(names, os.path.dirname(files[0]) if files else "", classes)
+        for name in ("audio", *names) if features else ():
+            columns.find(name, features.arrow_schema)
+        return columns
+
+    def stream(self, stream: IterableDataset, rows: int, typed: bool = False) -> IterableDataset:
+        """Return a stream with our columns, so many rows at a time; audio as bytes or a path, never decoded.
+
+        It states no features, which `datasets` would work out for every block; Corpus.stream does. Nor does it ask for those
+        of a stream that is `typed`: whose tables have them already.
+        """
+        for name, feature in (stream.features or {}).items():
+            if isinstance(feature, datasets.Audio):
+                stream = stream.cast_column(name, AUDIO)
+        stream = stream.with_format(
+            "arrow"
+        )  # or remove_columns, of a function's table, would take ours
+        if typed:
+            stream.info.features = None
+        return stream.map(self, batched=True, batch_size=rows)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Return the table with our columns. Raises ValueError naming a column that is missing or of another type."""

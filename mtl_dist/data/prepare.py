@@ -34,8 +34,8 @@ log = logging.getLogger("mtl_dist")
 SETTINGS = ("kind", "seed", "rows_per_shard", "rows_per_group", "encoding", "heldout_share")
 HELD_OUT = {"librispeech": 0.02, "fsdkaggle2018": 0.1}
 """What is held out, unless told otherwise, where nothing published says it: as in training from the folder."""
-ROWS_PER_GROUP = {"flac": 16, "wav": 8}
-"""About 4 MB of speech: what a lane has in memory."""
+ROWS_PER_GROUP = {"flac": 8, "wav": 4}
+"""About 2 MB of speech: what a lane has in memory."""
 OF_FILE = ("file", "rows", "row_groups", "bytes", "blake2b")
 LICENCES = {
     "fsdkaggle2018": "CC BY 4.0; every clip has a licence of its own besides, in the published tables",
@@ -80,7 +80,7 @@ def add_prepare(commands) -> None:
     add("--push_to_hub", metavar="REPO", help="upload it then, as a data set, private if it is new")
     add("--seed", type=int, default=0, help="of the order (default: 0)")
     add("--rows_per_shard", type=int, default=384, help="rows of a file (default: 384)")
-    add("--rows_per_group", type=int, help="rows read at a time (default: 16; WAV: 8; chime3: 4)")
+    add("--rows_per_group", type=int, help="rows read at a time (default: 8; WAV: 4)")
     add("--encoding", choices=("flac", "wav"), help="default: flac; chime3: wav")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="default: the cores")
     add("--max_bad_share", type=float, default=0.05, help="of the files (default: 0.05)")
@@ -114,7 +114,7 @@ def run_prepare(options: argparse.Namespace, overrides: list[str]) -> None:
 def _check(options: argparse.Namespace) -> None:
     options.encoding = options.encoding or ("wav" if options.kind == "chime3" else "flac")
     if options.rows_per_group is None:
-        options.rows_per_group = 4 if options.kind == "chime3" else ROWS_PER_GROUP[options.encoding]
+        options.rows_per_group = ROWS_PER_GROUP[options.encoding]
     for field in ("rows_per_shard", "rows_per_group", "workers"):
         if getattr(options, field) < 1:
             raise ValueError(f"--{field}: {getattr(options, field)} is not allowed; use 1 or more")

@@ -8,18 +8,14 @@ or a CSV manifest holds is listed by the corpus (corpora/base.py). Tested by tes
 import dataclasses
 import functools
 import math
-import os
 import re
-from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-import datasets
 import fsspec
-from datasets import IterableDataset, load_dataset, load_dataset_builder
+from datasets import load_dataset, load_dataset_builder
 from datasets.data_files import DataFilesList
-from pyarrow.dataset import ParquetFragmentScanOptions
 
-from mtl_dist.data.columns import AUDIO, COLUMNS, Columns
+from mtl_dist.data.columns import COLUMNS, Columns
 from mtl_dist.data.faults import named
 from mtl_dist.data.streams import MOST_ROWS, StreamFiles
 
@@ -40,8 +36,6 @@ AUDIO_SUFFIXES = frozenset(
 )
 """What is audio in a folder; a manifest may name anything that libsndfile reads."""
 SPLITS = ("train", "validation", "test")
-NOT_AHEAD = ParquetFragmentScanOptions(pre_buffer=False)
-"""Of a local Parquet file a row group is read when it is wanted, and what it was decoded from is not kept."""
 READ_AHEAD = {"hf": {"block_size": 1 << 16}}
 """Bytes of a Parquet file of the Hub that are fetched beyond what is asked for; by default 5 MB after every row group."""
 
@@ -147,15 +141,13 @@ def _open_files(source: Source, split: str, files: list[str], load) -> StreamFil
         hub = files[0].startswith("hf://")  # others would be looked up again, one by one
         listed = {"train": files if hub else DataFilesList(files, [])}
         load, split = functools.partial(load_dataset, builder, data_files=listed), "train"
-    if builder == "parquet":
-        far = {"storage_options": READ_AHEAD}
-        options = far if "://" in files[0] else {"fragment_scan_options": NOT_AHEAD}
-        load = functools.partial(load, batch_size=MOST_ROWS, **options)
     load = functools.partial(load, split=split, streaming=True)
-    convert = functools.partial(converted, source=source, builder=builder, files=files)
+    if builder == "parquet":
+        load = functools.partial(load, storage_options=READ_AHEAD, batch_size=MOST_ROWS)
     with named(files[0]):  # whose types are those of all
         stream = load()
-        return StreamFiles.open(files, stream, convert, load if builder == "parquet" else None)
+        columns = Columns.of(stream, source.columns, files)
+        return StreamFiles.open(files, stream, columns, load if builder == "parquet" else None)
 
 
 def _refuse_kinds(suffixes: set[str], source: Source) -> None:
@@ -166,36 +158,6 @@ def _refuse_kinds(suffixes: set[str], source: Source) -> None:
             "by each source, or write your audio to Parquet with `mtl-dist prepare`; of the Hub try revision: "
             "refs/convert/parquet"
         )
-
-
-def converted(
-    stream: IterableDataset,
-    source: Source,
-    builder: str = "",
-    files: Sequence[str] = (),
-    rows: int = 16,
-    audio: bool = True,
-) -> IterableDataset:
-    """Return a stream with our columns; audio as bytes or a path, never decoded. Raises ValueError as Columns does.
-
-    It states no features, which `datasets` would work out for every block; Corpus.stream does.
-    """
-    features = stream.features or datasets.Features({})
-    for name, feature in features.items():
-        if isinstance(feature, datasets.Audio):
-            stream = stream.cast_column(name, AUDIO)
-    classes = {n: f.names for n, f in features.items() if isinstance(f, datasets.ClassLabel)}
-    folder = os.path.dirname(files[0]) if files else ""
-    columns = Columns(source.columns, folder, classes, audio)
-    if features:
-        columns.find("audio", features.arrow_schema)
-        for name in source.columns:
-            if audio or name != "audio":
-                columns.find(name, features.arrow_schema)
-    arrow = stream.with_format("arrow")  # or remove_columns, of a function's table, would take ours
-    if builder == "parquet":  # whose tables have been cast; stated, types are worked out for each
-        arrow.info.features = None
-    return arrow.map(columns, batched=True, batch_size=rows)
 
 
 def _expand(path: str) -> list[str]:

@@ -14,20 +14,20 @@ from mtl_dist.data.streams import StreamFiles
 
 RANK, READS = sys.argv[1], int(sys.argv[2])
 ENTRY = Path(__file__).parent.parent.parent / "mtl_dist" / "train.py"
-shard, opened = StreamFiles.shard, []
+read, opened = StreamFiles.read, []
 
 
-def stalling(files, file, piece):
+def stalling(files, file, part):
     opened.append(file)
     pipe = f"{files.names[file]}.stalls"
     if len(opened) > READS:
         if not os.path.exists(pipe):
             os.mkfifo(pipe)
         open(pipe, "rb").close()
-    return shard(files, file, piece)
+    yield from read(files, file, part)
 
 
 if os.environ["RANK"] == RANK:
-    StreamFiles.shard = stalling
+    StreamFiles.read = stalling
 sys.argv = [str(ENTRY), *sys.argv[3:]]
 runpy.run_path(str(ENTRY), run_name="__main__")

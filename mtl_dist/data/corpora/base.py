@@ -10,7 +10,6 @@ import inspect
 import os
 import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
@@ -18,6 +17,7 @@ import datasets
 import fsspec
 from datasets import IterableDataset
 
+from mtl_dist.data.columns import Columns
 from mtl_dist.data.corpora.corpus import Corpus, make_corpus
 from mtl_dist.data.corpora.listing import Listing, read_manifest
 from mtl_dist.data.corpora.synthetic import SYNTHETIC
@@ -28,7 +28,6 @@ from mtl_dist.data.sources import (
     COMPRESSED,
     SPLITS,
     Source,
-    converted,
     open_source,
     ours,
 )
@@ -218,11 +217,9 @@ def _saved(source: Source) -> dict[str, StreamFiles]:
     for split, rows in found.items():
         if source.split in (None, split):
             blocks = min(SAVED_BLOCKS, max(1, len(rows) // SAVED_BLOCK_ROWS))
-            stream, convert = (
-                rows.to_iterable_dataset(num_shards=blocks),
-                partial(converted, source=source),
-            )
-            files[split] = StreamFiles.open([source.path], stream, convert)
+            stream = rows.to_iterable_dataset(num_shards=blocks)
+            columns = Columns.of(stream, source.columns)
+            files[split] = StreamFiles.open([source.path], stream, columns)
     if not files:
         raise ValueError(f"split: {source.split!r} (allowed: {', '.join(found)})")
     return files
@@ -255,8 +252,8 @@ class _FromFunction:
                     f"corpora.{name}: its function returned a {type(stream).__name__}, not a datasets.IterableDataset"
                 )
             if stream is not None:
-                convert = partial(converted, source=Source(path=name))
-                files = StreamFiles.open([f"its stream for {split}"], stream, convert)
+                columns = Columns.of(stream, {})
+                files = StreamFiles.open([f"its stream for {split}"], stream, columns)
                 streams.append((0, split, files))
         corpus = make_corpus(name, Listing(rows=[]), streams, seed=seed, labelled=True)
         return dataclasses.replace(corpus, sendable=False)
