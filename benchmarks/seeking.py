@@ -1,12 +1,12 @@
-"""What it costs to start, at round 0 and in the middle, on one rank and as one of 1,024; row groups or files as blocks.
+"""What it costs to start, at round 0 and in the middle, on one rank and as one of 1,024.
 
     OMP_NUM_THREADS=1 python benchmarks/seeking.py build/seeking
 
 Two corpora of stand-ins, a few milliseconds of FLAC each, 0.4 GB in all: as many rows as LibriSpeech has on the Hub in its
 `other` training split, 148,688 in 64 files with row groups of 100; and a million as `mtl-dist prepare` lays them out, 384
-rows a file and row groups of 16, whose files are too many for their footers to be read at the start. Times are therefore
-those of footers, planning and requests, not of audio. Prints the tables of README.md; ends with an error where a law
-does not hold: a start reads a block a lane, or its next too; the lanes of 1,024 ranks share no block and leave none out.
+rows a file and row groups of 8. Times are therefore those of footers, planning and requests, not of audio. Prints the
+tables of README.md; ends with an error where a law does not hold: a start reads a block a lane, or its next too; the lanes
+of 1,024 ranks share no block and leave none out.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from mtl_dist.data.streams import StreamFiles
 from mtl_dist.experiment import Experiment, build_experiment
 from mtl_dist.runtime import World
 
-LAYOUTS = {"hub": (148_688, 2_324, 100), "prepared": (1_000_000, 384, 16)}
+LAYOUTS = {"hub": (148_688, 2_324, 100), "prepared": (1_000_000, 384, 8)}
 """{layout: (rows, rows a file, rows a row group)}"""
 FAR_EPOCH, BATCH, RANKS, TASK = 1_000, 48, 1_024, "next_step"
 

@@ -23,6 +23,7 @@ from mtl_dist.data.faults import DataError
 from mtl_dist.data.keys import generator
 from mtl_dist.data.lanes import Blocks, Lane, Part
 from mtl_dist.data.loader import ClipStream, RoundStream
+from mtl_dist.data.sources import Source, open_source
 from mtl_dist.experiment import build_experiment
 from mtl_dist.runtime import World
 
@@ -330,6 +331,17 @@ def test_blocks_without_clips_are_passed_over_and_a_stream_of_none_but_such_is_a
         in_memory([0, 0, 0])
     with pytest.raises(ValueError, match="holds no clips"):
         Blocks([])
+
+
+def test_a_row_group_of_many_rows_is_read_some_at_a_time(tmp_path):
+    sound, many = kinds.flac(0), 2 * streams.MOST_ROWS + 100
+    rows = [{"id": str(n), "audio": {"bytes": sound, "path": None}} for n in range(many)]
+    path = str(kinds.parquet(tmp_path / "a.parquet", rows, group=many))
+    (files,) = open_source(Source(path=path)).values()
+    assert [len(table) for table in files.read(0, 0)] == [streams.MOST_ROWS] * 2 + [100]
+    part = Part(corpus="many", split="train", files=files, blocks=files.blocks())
+    heard = [row.id for epoch, row in itertools.islice(Lane(Blocks([part]), 1, 0, (0,)), many)]
+    assert sorted(heard) == sorted(f"many/{n}" for n in range(many))
 
 
 def test_more_lanes_than_blocks_cost_no_walk_through_epochs_that_have_none_for_a_lane():

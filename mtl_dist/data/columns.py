@@ -71,9 +71,7 @@ class Columns:
         for name, feature in (stream.features or {}).items():
             if isinstance(feature, datasets.Audio):
                 stream = stream.cast_column(name, AUDIO)
-        stream = stream.with_format(
-            "arrow"
-        )  # or remove_columns, of a function's table, would take ours
+        stream = stream.with_format("arrow")
         if typed:
             stream.info.features = None
         return stream.map(self, batched=True, batch_size=rows)

@@ -195,8 +195,9 @@ class StreamFiles:
             parts = min(self.parts, parquet.num_row_groups)
             own = np.array_split(range(parquet.num_row_groups), parts)[part] if part < parts else ()
             for group in own:
-                table = parquet.read_row_group(group, use_threads=False)
-                yield self.columns(table_cast(table, self.schema))
+                for batch in parquet.iter_batches(MOST_ROWS, [group], use_threads=False):
+                    table = pa.Table.from_batches([batch])
+                    yield self.columns(table_cast(table, self.schema))
 
     def listing(self) -> Iterator[tuple[str, pa.Table]]:
         """Yield (file, table) of all rows, of row groups without their audio."""
