@@ -26,8 +26,9 @@ import pyarrow.parquet as pq
 import soundfile
 
 from mtl_dist.config import load_config
+from mtl_dist.data.batches import Positions
 from mtl_dist.data.lanes import Blocks
-from mtl_dist.data.loader import ClipStream, Positions
+from mtl_dist.data.loader import ClipStream
 from mtl_dist.data.streams import StreamFiles
 from mtl_dist.experiment import Experiment, build_experiment
 from mtl_dist.runtime import World

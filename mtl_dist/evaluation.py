@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator
 import torch
 from accelerate import Accelerator
 
-from mtl_dist.audio.clips import Background, Row
+from mtl_dist.audio.clips import Row
 from mtl_dist.audio.reading import BadClipError
 from mtl_dist.data.batches import keyed_generators
 from mtl_dist.data.faults import DataError
 from mtl_dist.data.lanes import Lane
-from mtl_dist.data.loader import read_bounded
+from mtl_dist.data.noise import Beside, read_bounded
 from mtl_dist.experiment import Experiment
 from mtl_dist.metrics import Sums
 from mtl_dist.phases import Phases
@@ -75,6 +75,7 @@ def evaluation_rows(
         return
     blocks, noise = experiment.evaluation_blocks(task, split)
     seed, rate = experiment.config.data.split_seed, experiment.reader.rate
+    bound = experiment.rank, experiment.config.patience()
     order, found = blocks.order(seed, "evaluation").tolist(), 0
     for place, block in enumerate(order):
         if limit is None and place % world.size != world.rank:
@@ -86,7 +87,7 @@ def evaluation_rows(
         for _, row in blocks.rows(block, (seed, "evaluation")):
             recordings = {corpus: next(lane)[1] for corpus, lane in beside.items()}
             if limit is None or found % world.size == world.rank:
-                row.backgrounds = {c: Background(r, rate) for c, r in recordings.items()}
+                row.backgrounds = {c: Beside(r, rate, bound) for c, r in recordings.items()}
                 yield row
             found += 1
             if found == limit:
@@ -103,17 +104,15 @@ def evaluation_batches(
     seed = experiment.config.data.split_seed
     draws = [f"evaluation {n}" if n else "evaluation" for n in range(crops)]
     keyed = [keyed_generators(seed, task.name, d) for d in draws[: crops if task.by_crops else 1]]
+    bound = experiment.rank, experiment.config.patience()
     for row in rows:
         try:
-            batches = read_bounded(
-                lambda row=row: [
-                    task.prepare(task.evaluation_clips(row, experiment.reader, key), key)
-                    for key in keyed
-                ],
-                [row, *(background.row for background in row.backgrounds.values())],
-                experiment.rank,
-                experiment.config.patience(),
+            windows = read_bounded(
+                lambda row=row: [task.evaluation_clips(row, experiment.reader, k) for k in keyed],
+                row,
+                *bound,
             )
+            batches = [task.prepare(own, key) for own, key in zip(windows, keyed, strict=True)]
         except BadClipError as error:
             bad.append(str(error))
         else:

@@ -16,11 +16,12 @@ from accelerate.utils import broadcast_object_list
 from mtl_dist.audio.clips import ClipReader
 from mtl_dist.blueprint import Blueprint
 from mtl_dist.config import Config, ConfigError
+from mtl_dist.data.batches import Positions
 from mtl_dist.data.corpora.corpus import Corpus
 from mtl_dist.data.corpora.synthetic import SYNTHETIC, synthesise
 from mtl_dist.data.faults import call_with_timeout, reason
 from mtl_dist.data.lanes import Blocks, Part
-from mtl_dist.data.loader import ClipStream, Positions, RoundStream, check_lanes
+from mtl_dist.data.loader import ClipStream, RoundStream, check_lanes
 from mtl_dist.data.sources import SPLITS
 from mtl_dist.models.kernels import REFERENCE
 from mtl_dist.models.multitask import MultitaskModel

@@ -14,7 +14,7 @@ import torch
 
 from mtl_dist.audio.clips import Clip
 from mtl_dist.data.batches import keyed_generators
-from mtl_dist.data.loader import PARTS_AHEAD
+from mtl_dist.data.workers import PARTS_AHEAD
 from mtl_dist.models.multitask import MultitaskModel
 from mtl_dist.tasks.base import Task, TaskBatch
 

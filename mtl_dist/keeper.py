@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from mtl_dist import checkpoint
 from mtl_dist.checkpoint import Tensors, TrainState
 from mtl_dist.config import ConfigError
-from mtl_dist.data.loader import Positions
+from mtl_dist.data.batches import Positions
 from mtl_dist.engines import Engine
 from mtl_dist.experiment import Experiment
 from mtl_dist.phases import Phases

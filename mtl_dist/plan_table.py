@@ -1,6 +1,6 @@
 """The numbers of a plan (planning.py) as aligned text. Tested by tests/test_planning.py."""
 
-from mtl_dist.data.loader import PARTS_AHEAD
+from mtl_dist.data.workers import PARTS_AHEAD
 from mtl_dist.feasibility import USABLE, Case, size_text
 from mtl_dist.footprint import ENGINES
 from mtl_dist.tables import format_rows

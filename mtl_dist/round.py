@@ -12,9 +12,8 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 
-from mtl_dist.data.batches import MicroBatch, Read
+from mtl_dist.data.batches import MicroBatch, Read, Round
 from mtl_dist.data.faults import DataError
-from mtl_dist.data.loader import Round
 from mtl_dist.engines import Engine
 from mtl_dist.phases import Phases
 from mtl_dist.runtime import collect, sum_over_ranks

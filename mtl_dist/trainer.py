@@ -7,7 +7,7 @@ import signal
 from accelerate import Accelerator
 
 from mtl_dist.data.faults import DataError
-from mtl_dist.data.loader import Rounds
+from mtl_dist.data.workers import Rounds
 from mtl_dist.engines import make_engine
 from mtl_dist.evaluation import Evaluation, evaluate, examples, too_many_bad
 from mtl_dist.experiment import Experiment, Plan

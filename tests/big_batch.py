@@ -10,8 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch.nn import functional
 
-from mtl_dist.data.batches import MicroBatch
-from mtl_dist.data.loader import Round
+from mtl_dist.data.batches import MicroBatch, Round
 from mtl_dist.engines import make_engine
 from mtl_dist.models.multitask import MultitaskModel
 from mtl_dist.tasks import TaskBatch

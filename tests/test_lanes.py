@@ -17,7 +17,7 @@ from datasets import IterableDataset
 
 from mtl_dist.audio.clips import ClipReader
 from mtl_dist.config import load_config
-from mtl_dist.data import loader, streams
+from mtl_dist.data import noise, streams
 from mtl_dist.data.columns import FEATURES, Columns
 from mtl_dist.data.faults import DataError
 from mtl_dist.data.keys import generator
@@ -192,7 +192,7 @@ def test_every_clip_comes_once_an_epoch(words, monkeypatch, fewest):
     assert len(wanted["chime3"]) == 7
     assert len(heard) == 3 * 4
     for (_, name, _), ids in heard.items():
-        times = loader.NOISE_CUTS if name == "chime3" else 1
+        times = noise.NOISE_CUTS if name == "chime3" else 1
         assert sorted(ids) == sorted(wanted[name] * times)
     assert heard[SPEECH, SPEECH, 0] != heard[SPEECH, SPEECH, 1]
 

@@ -17,8 +17,7 @@ import tiny
 import torch
 
 from mtl_dist.config import load_config
-from mtl_dist.data.batches import MicroBatch
-from mtl_dist.data.loader import Round
+from mtl_dist.data.batches import MicroBatch, Round
 from mtl_dist.experiment import Experiment, build_experiment
 from mtl_dist.runtime import World
 

@@ -1,4 +1,4 @@
-"""Batches: the crops of some rows for a task, read, augmented and prepared; every draw by key, never by process.
+"""Batches, and the rounds they make up: crops of rows, read, augmented and prepared; every draw by key, never by process.
 
 Tested by tests/test_draws.py and tests/test_lanes.py.
 """
@@ -14,7 +14,11 @@ import torch
 from mtl_dist.audio.clips import Clip, ClipReader, Row
 from mtl_dist.audio.reading import BadClipError
 from mtl_dist.data.keys import generator
+from mtl_dist.data.lanes import Position
 from mtl_dist.tasks.base import Keyed, Task, TaskBatch
+
+Positions = dict[str, dict[int, Position]]
+"""{stream: {lane: where its next clip is}}; noise beside a stream has the name STREAM/CORPUS."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,50 @@ class Read(NamedTuple):
     def __add__(self, other: "Read") -> "Read":
         """Add up both."""
         return Read(self.clips + other.clips, self.stored_bytes + other.stored_bytes)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Round:
+    """What one rank needs for one optimizer step: {task: [micro-batch] * accumulation}."""
+
+    number: int
+    micro_batches: dict[str, list[MicroBatch]]
+    bad: list[str] = dataclasses.field(default_factory=list)
+    """"file: reason" of every clip that could not be used; its place is empty."""
+    clips: int = 0
+    audio_seconds: float = 0.0
+    read: dict[str, Read] = dataclasses.field(default_factory=dict)
+    """By corpus, of all its clips in the round."""
+    positions: Positions = dataclasses.field(default_factory=dict)
+    """Of this rank's lanes, after the round."""
+    ahead: float = 0.0
+    """How many rounds were ready when this one was asked for."""
+    waited: float = 0.0
+    """Seconds until it was there."""
+    failure: str | None = None
+    """Why this rank has no audio for it, if so; it has none for later ones either."""
+
+    def pin_memory(self) -> "Round":
+        """Let the loader move the batches to page-locked memory, from where a GPU fetches them by itself."""
+        for name, batches in self.micro_batches.items():
+            self.micro_batches[name] = [
+                dataclasses.replace(m, batch=TaskBatch(*(t.pin_memory() for t in m.batch)))
+                for m in batches
+            ]
+        return self
+
+
+@dataclasses.dataclass(kw_only=True)
+class Share:
+    """What one worker prepares of a round: {task: its clips' batch and ids}, in order of their places in the round."""
+
+    number: int
+    batches: dict[str, MicroBatch] = dataclasses.field(default_factory=dict)
+    bad: list[str] = dataclasses.field(default_factory=list)
+    read: dict[str, Read] = dataclasses.field(default_factory=dict)
+    positions: Positions = dataclasses.field(default_factory=dict)
+    failure: str | None = None
+    """Why there is nothing in it, if so; it is the worker's last."""
 
 
 def keyed_generators(seed: int, task: str, epoch: int | str) -> Keyed:

@@ -15,7 +15,8 @@ from mtl_dist.audio.clips import Row
 from mtl_dist.data.columns import rows_of
 from mtl_dist.data.faults import DataError, call_with_timeout, rank_label, reason
 from mtl_dist.data.keys import generator
-from mtl_dist.data.streams import RowFiles, StreamFiles
+from mtl_dist.data.listed import RowFiles
+from mtl_dist.data.streams import StreamFiles
 
 Position = tuple[int, int, int]
 NOT_IN_ROWS = ("speaker", "seconds")

@@ -6,88 +6,29 @@ shares of them, and each of its loader workers some of those. So the clips of st
 function of (seed, corpora, k). Tested by tests/test_lanes.py, and with whole clips by tests/test_whole_clips.py.
 """
 
-import dataclasses
 import functools
 import itertools
-import multiprocessing
-import os
-import pickle
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Mapping, Sequence
 
-import fsspec
-import numpy as np
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
-from mtl_dist.audio.clips import Background, Clip, ClipReader, Row
-from mtl_dist.audio.reading import FarFileError, stored_bytes
-from mtl_dist.data.batches import MicroBatch, Read, micro_batches, prepare, read_crops
-from mtl_dist.data.faults import DataError, call_with_timeout, rank_label, reason
-from mtl_dist.data.lanes import START, Blocks, Lane, Part, Position, deal_lanes
+from mtl_dist.audio.clips import Clip, ClipReader
+from mtl_dist.audio.reading import stored_bytes
+from mtl_dist.data.batches import (
+    Positions,
+    Read,
+    Round,
+    Share,
+    micro_batches,
+    prepare,
+    read_crops,
+)
+from mtl_dist.data.faults import DataError
+from mtl_dist.data.lanes import START, Blocks, Lane, Part, deal_lanes
+from mtl_dist.data.noise import NOISE_CUTS, Beside, read_bounded
+from mtl_dist.data.workers import Rounds
 from mtl_dist.runtime import World
-from mtl_dist.tasks.base import Task, TaskBatch
-
-Result = TypeVar("Result")
-
-SECONDS_AFTER_SIGTERM = 120
-"""A worker that is told to stop ends with its training process, and after this at the latest."""
-
-NOISE_CUTS = 8
-"""How many clips of a lane, one after the other, have noise cut from one recording or piece, each at a place of its own: a
-row group of noise is read as seldom as one of clips, and takes a fraction of the memory."""
-
-PARTS_AHEAD = 4
-"""How many parts of rounds each worker prepares ahead."""
-
-Positions = dict[str, dict[int, Position]]
-"""{stream: {lane: where its next clip is}}; noise beside a stream has the name STREAM/CORPUS."""
-
-
-@dataclasses.dataclass(kw_only=True)
-class Round:
-    """What one rank needs for one optimizer step: {task: [micro-batch] * accumulation}."""
-
-    number: int
-    micro_batches: dict[str, list[MicroBatch]]
-    bad: list[str] = dataclasses.field(default_factory=list)
-    """"file: reason" of every clip that could not be used; its place is empty."""
-    clips: int = 0
-    audio_seconds: float = 0.0
-    read: dict[str, Read] = dataclasses.field(default_factory=dict)
-    """By corpus, of all its clips in the round."""
-    positions: Positions = dataclasses.field(default_factory=dict)
-    """Of this rank's lanes, after the round."""
-    ahead: float = 0.0
-    """How many rounds were ready when this one was asked for."""
-    waited: float = 0.0
-    """Seconds until it was there."""
-    failure: str | None = None
-    """Why this rank has no audio for it, if so; it has none for later ones either."""
-
-    def pin_memory(self) -> "Round":
-        """Let the loader move the batches to page-locked memory, from where a GPU fetches them by itself."""
-        for name, batches in self.micro_batches.items():
-            self.micro_batches[name] = [
-                dataclasses.replace(m, batch=TaskBatch(*(t.pin_memory() for t in m.batch)))
-                for m in batches
-            ]
-        return self
-
-
-@dataclasses.dataclass(kw_only=True)
-class Share:
-    """What one worker prepares of a round: {task: its clips' batch and ids}, in order of their places in the round."""
-
-    number: int
-    batches: dict[str, MicroBatch] = dataclasses.field(default_factory=dict)
-    bad: list[str] = dataclasses.field(default_factory=list)
-    read: dict[str, Read] = dataclasses.field(default_factory=dict)
-    positions: Positions = dataclasses.field(default_factory=dict)
-    failure: str | None = None
-    """Why there is nothing in it, if so; it is the worker's last."""
+from mtl_dist.tasks.base import Task
 
 
 class ClipStream:
@@ -233,7 +174,7 @@ class RoundStream(IterableDataset):
                 cut = functools.partial(
                     read_crops, row, epoch, tasks, self.reader, self.seed, share.bad
                 )
-                found = read_bounded(cut, [row], *self.bound)
+                found = read_bounded(cut, row, *self.bound)
                 so_far = share.read.get(row.corpus, Read())
                 share.read[row.corpus] = so_far + Read(1, stored_bytes(row.audio))
                 for task, clip in found.items():
@@ -244,7 +185,7 @@ class RoundStream(IterableDataset):
         for name, own in clips.items():
             share.batches[name] = prepare(self.tasks[name], own, self.seed, share.bad)
 
-    def rounds(self, workers: int, pin_memory: bool) -> "Rounds":
+    def rounds(self, workers: int, pin_memory: bool) -> Rounds:
         """Return the iterator of this rank's whole rounds, prepared ahead by worker processes."""
         return Rounds(self, workers, pin_memory)
 
@@ -279,106 +220,3 @@ def check_lanes(lanes: int, global_batch: int, ranks: int) -> None:
             f"data.lanes: {lanes} lanes, {ranks} ranks and a train.global_batch of {global_batch} do not go together: lanes "
             f"must divide the batch and be a multiple of the ranks; use {', '.join(map(str, fits)) or 'other ranks'}"
         )
-
-
-def read_bounded(
-    action: Callable[[], Result], rows: Sequence[Row], rank: int | None, seconds: float
-) -> Result:
-    """Return `action()`, which reads the audio of rows; where it is not in memory, within so many seconds.
-
-    Raises:
-        DataError: it is not there in time, or a file at a URL cannot be read.
-    """
-    outside = [row for row in rows if row.audio.get("bytes") is None]
-    if not outside:
-        return action()
-    more = f" or {len(outside) - 1} others" if len(outside) > 1 else ""
-    corpora = ", ".join(dict.fromkeys(row.corpus for row in outside))
-    who = f"{rank_label(rank)}, corpus {corpora}"
-    what = f"{who}, {outside[0].audio['path']}{more}"
-    try:
-        return call_with_timeout(action, seconds, what)
-    except FarFileError as error:  # it names its file
-        raise DataError(f"{who}, {reason(error).removeprefix('FarFileError: ')}") from error
-    except TimeoutError as error:
-        raise DataError(f"{what}: {reason(error)}") from error
-
-
-@dataclasses.dataclass(frozen=True)
-class Beside(Background):
-    """A recording beside a clip; `bound` is (rank, seconds) of read_bounded."""
-
-    bound: tuple[int | None, float]
-
-    def cut(self, samples: int, generator: np.random.Generator) -> np.ndarray:
-        """As Background.cut, within the time. Raises DataError as read_bounded does, too."""
-        cut = functools.partial(Background.cut, self, samples, generator)
-        return read_bounded(cut, [self.row], *self.bound)
-
-
-class Rounds:
-    """The whole rounds of one rank, in order."""
-
-    def __init__(self, stream: RoundStream, workers: int, pin_memory: bool):
-        self.stream, self.workers, self.pin_memory = stream, workers, pin_memory
-        self.taken = 0
-        stream.made = multiprocessing.RawArray(
-            "q", max(1, workers)
-        )  # a killed process holds no lock
-        stream.known = pickle.dumps([one.known() for one in stream.streams])
-        stream.end_pipe = os.pipe() if workers else None
-        loader = DataLoader(
-            stream,
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=PARTS_AHEAD if workers else None,
-            worker_init_fn=_start_worker,
-        )
-        self.loader = iter(loader)
-
-    def __iter__(self) -> "Rounds":
-        return self
-
-    def __next__(self) -> Round:
-        """Wait for the next round."""
-        ahead, began = self.ahead(), time.perf_counter()
-        shares = [next(self.loader) for _ in range(max(1, self.workers))]
-        self.taken += len(shares)
-        assert len({share.number for share in shares}) == 1, "the loader asks its workers in turns"
-        round_ = self.stream.join(shares)
-        round_.ahead, round_.waited = ahead, time.perf_counter() - began
-        return round_.pin_memory() if self.pin_memory else round_
-
-    def ahead(self) -> float:
-        """Return how many rounds the workers have ready."""
-        return (sum(self.stream.made) - self.taken) / self.workers if self.workers else 0.0
-
-    def close(self) -> None:
-        """End the workers now, also those that wait for data: the process would wait for them at its exit."""
-        if self.stream.end_pipe is not None:
-            receive, send = self.stream.end_pipe
-            os.write(send, bytes(self.workers))
-            self.stream.end_pipe = None
-            self.loader = None
-            os.close(receive)
-            os.close(send)
-
-
-def _start_worker(worker: int) -> None:
-    """Let a worker outlive a signal to the whole process group, as the round has to be finished, and end when told so.
-
-    `datasets` resets fsspec's lock after a fork in an iteration that lanes do not use.
-    """
-    fsspec.asyn.reset_lock()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(SECONDS_AFTER_SIGTERM))
-    pickle.loads(get_worker_info().dataset.known)
-    receive, send = get_worker_info().dataset.end_pipe
-    os.close(send)
-
-    def end() -> None:
-        os.read(receive, 1)  # or its end, if the training process is gone
-        os._exit(0)
-
-    threading.Thread(target=end, daemon=True).start()

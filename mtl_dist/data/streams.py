@@ -16,7 +16,7 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import IterableDataset, concatenate_datasets
 from datasets.table import table_cast
 
 from mtl_dist.data.columns import FEATURES, Columns
@@ -27,8 +27,6 @@ BLOCK_ROWS, FAR_ROWS, FEWEST_BLOCKS = 64, 16, 128
 read one by one, and opening it takes as long as reading some rows; at a URL they are fetched by one request, and held."""
 ROWS_AT_A_TIME, MOST_ROWS = 16, 1000
 """Rows of a table where there are no row groups, and at most of one where there are."""
-LISTED_BLOCKS, MOST_LISTED_ROWS = 512, 256
-"""Blocks that listed rows are cut into, or up to twice as many, of so many rows at most."""
 MOST_RECENT = 128
 """Files of which a process remembers where their row groups are; so many at URLs are asked for it at the start."""
 THREADS = 16
@@ -239,59 +237,6 @@ class StreamFiles:
         """Return some blocks as one stream."""
         shards = (self.shard(*block) for block in blocks.tolist())
         return concatenate_datasets([shard for shard in shards if shard is not None])
-
-
-@dataclasses.dataclass
-class RowFiles:
-    """Listed rows, whose audio lies in files of their own: a Dataset with our columns, in the order of its blocks."""
-
-    rows: Dataset
-    table_bytes = 0
-    systems: list = dataclasses.field(default_factory=list)
-    """The fsspec file systems of URLs."""
-
-    @property
-    def known(self) -> object:
-        """As StreamFiles has it."""
-        return self.systems
-
-    @functools.cached_property
-    def size(self) -> int:
-        """Rows of a block."""
-        return min(MOST_LISTED_ROWS, max(1, len(self.rows) // LISTED_BLOCKS))
-
-    @functools.cached_property
-    def table(self) -> pa.Table:
-        """All rows."""
-        return self.rows.with_format("arrow")[:]
-
-    def blocks(self) -> np.ndarray:
-        """As StreamFiles has it."""
-        count = -(-len(self.rows) // self.size)
-        return np.stack([np.arange(count), np.zeros(count, np.int64)], axis=1)
-
-    def read(self, file: int, part: int) -> Iterator[pa.Table]:
-        """Yield the table of a block."""
-        yield self.table[file * self.size : (file + 1) * self.size]
-
-    def read_lengths(self, file: int, part: int) -> Iterator[pa.Table]:
-        """As StreamFiles has it."""
-        return self.read(file, part)
-
-    def name(self, file: int, part: int) -> str:
-        """As StreamFiles has it."""
-        return f"listed rows from {file * self.size} on"
-
-    def unseen(self) -> str | None:
-        """As StreamFiles has it, of the first row: the others lie beside it."""
-        path = self.rows[0]["audio"]["path"] if len(self.rows) else None
-        return path if path and "://" not in path and not os.path.exists(path) else None
-
-    def select(self, blocks: np.ndarray) -> IterableDataset:
-        """Return some blocks as one stream."""
-        numbers = [n for f, _ in blocks.tolist() for n in range(f * self.size, (f + 1) * self.size)]
-        rows = self.rows.select([n for n in numbers if n < len(self.rows)])
-        return rows.to_iterable_dataset(num_shards=min(64, max(1, len(rows))))
 
 
 def _local(name: str) -> bool:

@@ -7,7 +7,7 @@ import numpy as np
 
 from mtl_dist.audio.clips import Background, Row
 from mtl_dist.data.lanes import Blocks
-from mtl_dist.data.loader import read_bounded
+from mtl_dist.data.noise import read_bounded
 
 
 def read(sent: bytes, split: str, blocks: list[int]) -> list[dict[str, bytes]]:
@@ -34,7 +34,7 @@ def cut(sent: bytes, samples: int) -> list[np.ndarray]:
 def stretch(row: Row, samples: int, patience_seconds: float = 60) -> np.ndarray:
     """Return a stretch of a recording, as a loader's worker of rank 5 reads it."""
     background, draw = Background(row, 16_000), np.random.default_rng(0)
-    return read_bounded(lambda: background.cut(samples, draw), [row], 5, patience_seconds)
+    return read_bounded(lambda: background.cut(samples, draw), row, 5, patience_seconds)
 
 
 def in_a_new_process(function, *arguments):

@@ -18,8 +18,9 @@ from mtl_dist.data.corpora.listing import Listing, require_labels, shuffled
 from mtl_dist.data.faults import named
 from mtl_dist.data.keys import generator
 from mtl_dist.data.lanes import Part
+from mtl_dist.data.listed import RowFiles
 from mtl_dist.data.sources import SPLITS, ours
-from mtl_dist.data.streams import RowFiles, StreamFiles
+from mtl_dist.data.streams import StreamFiles
 
 LOOKED = 64
 """Blocks that are held out after being looked for; of more, some that hold nothing do not matter."""
