@@ -39,8 +39,8 @@ def clips(tmp_path):
 
 @pytest.fixture
 def long_clips(tmp_path):
-    """Twenty clips that take two processes a few seconds."""
-    return write_clips(tmp_path / "clips", clips=20, seconds=90.0)
+    """Forty clips that take two processes several seconds."""
+    return write_clips(tmp_path / "clips", clips=40, seconds=90.0)
 
 
 def refused(*words: object) -> str:
