@@ -14,7 +14,8 @@ import sys
 from mtl_dist import footprint
 from mtl_dist.activations import Meter
 from mtl_dist.config import Config, ConfigError, load_config
-from mtl_dist.data.corpora.corpus import Corpus, make_corpus
+from mtl_dist.data.corpora.corpus import Corpus
+from mtl_dist.data.corpora.dividing import make_corpus
 from mtl_dist.data.corpora.listing import Listing
 from mtl_dist.experiment import Experiment, build_experiment
 from mtl_dist.feasibility import Case, divides, division_problem, memory_problem

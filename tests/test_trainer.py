@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from mtl_dist import checkpoint
 from mtl_dist.config import ConfigError, load_config
-from mtl_dist.data.corpora.corpus import make_corpus
+from mtl_dist.data.corpora.dividing import make_corpus
 from mtl_dist.data.corpora.listing import Listing
 from mtl_dist.evaluation import evaluate
 from mtl_dist.experiment import build_experiment

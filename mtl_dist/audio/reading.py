@@ -32,6 +32,9 @@ MARGIN_SECONDS = 0.02
 CUT_SHORT = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
 """libsndfile's note on a WAV file whose header announces another number of bytes than there are."""
 
+PCM_16_STEP = np.float32(1 / 32768)
+"""libsndfile's, too."""
+
 HEADER_BYTES = 44
 """Many recorders count the header as sound: so much too large a size says nothing."""
 
@@ -169,7 +172,10 @@ def read_frames(file: soundfile.SoundFile, start: int, frames: int) -> np.ndarra
     """
     if file.tell() != start:
         file.seek(start)
-    samples = file.read(frames, dtype="float32", always_2d=True)
+    if file.subtype == "PCM_16" and file.format != "FLAC":  # twice as fast, and the same
+        samples = file.read(frames, dtype="int16", always_2d=True) * PCM_16_STEP
+    else:
+        samples = file.read(frames, dtype="float32", always_2d=True)
     if len(samples) < frames:
         raise BadFramesError(
             f"is truncated: {start + len(samples)} of {file.frames} samples could be read"

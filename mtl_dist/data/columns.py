@@ -29,6 +29,8 @@ FEATURES = datasets.Features(
 """The columns of a corpus' stream. `label` is a class by name. The last three, of prepared shards: where the sound of a clip
 begins and ends, in samples, and the level in dBFS below which it was taken for silence. What is not known is null."""
 SCHEMA = FEATURES.arrow_schema
+NOT_IN_ROWS = ("speaker", "seconds")
+"""What lanes do not need of a row."""
 ID_COLUMNS = ("id", "__key__")
 AUDIO_COLUMNS = ("audio", *"flac wav ogg opus mp3 path file_name".split())
 """Where audio is looked for unless columns.audio says it: struct or binary, or a path relative to the files' folder."""
@@ -78,6 +80,9 @@ class Columns:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Return the table with our columns. Raises ValueError naming a column that is missing or of another type."""
+        if not self.names and table.schema.equals(SCHEMA):  # prepared shards, mostly
+            if not pc.struct_field(whole(table["audio"]), "bytes").null_count:
+                return table
         arrays = []
         for name, field in zip(SCHEMA.names, SCHEMA, strict=True):
             theirs = self.find(name, table.schema)
@@ -162,7 +167,7 @@ def whole(column: pa.ChunkedArray) -> pa.Array:
 
 
 def rows_of(table: pa.Table) -> tuple[list[dict], Callable[[int], dict]]:
-    """Return a table's rows but for the audio, and at(row) -> {"bytes", "path"}, which copies the bytes once, not twice."""
+    """Return what a lane needs of a table's rows, and at(row) -> its audio, whose bytes are copied once, not twice."""
     column = whole(table["audio"])
     data, paths = pc.struct_field(column, "bytes"), pc.struct_field(column, "path").to_pylist()
     there, (_, offsets, values) = data.is_valid().to_pylist(), data.buffers()
@@ -174,7 +179,7 @@ def rows_of(table: pa.Table) -> tuple[list[dict], Callable[[int], dict]]:
         inside = memoryview(values or b"")[bounds[row] : bounds[row + 1]]
         return {"bytes": bytes(inside), "path": paths[row]}
 
-    return table.drop_columns("audio").to_pylist(), at
+    return table.drop_columns(["audio", *NOT_IN_ROWS]).to_pylist(), at
 
 
 def _member(table: pa.Table, theirs: str, ours: str) -> pa.ChunkedArray:

@@ -19,7 +19,6 @@ from mtl_dist.data.listed import RowFiles
 from mtl_dist.data.streams import StreamFiles
 
 Position = tuple[int, int, int]
-NOT_IN_ROWS = ("speaker", "seconds")
 START: Position = (0, 0, 0)
 
 
@@ -133,7 +132,6 @@ class Blocks:
 def _row(part: Part, values: dict, audio: dict, names: tuple[str, str], place: int) -> Row:
     """Return a row of a block; what has no id is called by its place there, the same in every epoch."""
     name, nameless = names
-    values = {column: values[column] for column in values if column not in NOT_IN_ROWS}
     clip = values.pop("id") or f"{nameless}-{place}"
     if audio["bytes"] is None and not audio["path"]:
         audio = {"bytes": b"", "path": None}

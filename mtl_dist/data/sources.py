@@ -12,7 +12,7 @@ import re
 from pathlib import Path, PurePosixPath
 
 import fsspec
-from datasets import load_dataset, load_dataset_builder
+from datasets import DatasetDict, load_dataset, load_dataset_builder, load_from_disk
 from datasets.data_files import DataFilesList
 
 from mtl_dist.data.columns import COLUMNS, Columns
@@ -35,6 +35,8 @@ AUDIO_SUFFIXES = frozenset(
     ".wav .wave .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .snd .caf .w64 .rf64".split()
 )
 """What is audio in a folder; a manifest may name anything that libsndfile reads."""
+SAVED_BLOCK_ROWS, SAVED_BLOCKS = 16, 1024
+"""Blocks of what Dataset.save_to_disk wrote: so many rows, or more where there would be more blocks."""
 SPLITS = ("train", "validation", "test")
 READ_AHEAD = {"hf": {"block_size": 1 << 16}}
 """Bytes of a Parquet file of the Hub that are fetched beyond what is asked for; by default 5 MB after every row group."""
@@ -116,6 +118,27 @@ def open_source(source: Source) -> dict[str, StreamFiles | list[str]]:
         own = (split for split in files if ours(split) != "train" and ours(source.split) == "train")
         wanted |= {split: files[split] for split in own}
     return {split: _open_files(source, split, found, load) for split, found in wanted.items()}
+
+
+def is_saved(folder: Path) -> bool:
+    """Return whether Dataset.save_to_disk wrote a folder."""
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def open_saved(source: Source) -> dict[str, StreamFiles]:
+    """Open what Dataset.save_to_disk wrote."""
+    found = load_from_disk(str(source.local()))
+    found = found if isinstance(found, DatasetDict) else {"train": found}
+    files = {}
+    for split, rows in found.items():
+        if source.split in (None, split):
+            blocks = min(SAVED_BLOCKS, max(1, len(rows) // SAVED_BLOCK_ROWS))
+            stream = rows.to_iterable_dataset(num_shards=blocks)
+            columns = Columns.of(stream, source.columns)
+            files[split] = StreamFiles.open([source.path], stream, columns)
+    if not files:
+        raise ValueError(f"split: {source.split!r} (allowed: {', '.join(found)})")
+    return files
 
 
 def ours(split: str | None) -> str:

@@ -12,13 +12,13 @@ import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import IterableDataset, concatenate_datasets
 from datasets.table import table_cast
 
+from mtl_dist.data.addresses import is_local, key, size, stamp
 from mtl_dist.data.columns import FEATURES, Columns
 from mtl_dist.data.faults import named
 
@@ -84,7 +84,7 @@ class StreamFiles:
         schema = stream.features.arrow_schema if load else None
         ours = columns.stream(stream, rows, typed=bool(load))
         files = cls(names, ours, columns, load, schema, rows=rows)
-        files.sizes = {name: stamp for name in names if (stamp := _stamp(name))}
+        files.sizes = {name: found for name in names if (found := stamp(name))}
         for number, name in enumerate(names):
             with named(name):
                 one = files._file(number)
@@ -98,13 +98,13 @@ class StreamFiles:
         sound = [len((audio or {}).get("bytes") or b"") for audio in first["audio"].to_pylist()]
         files.table_bytes = sum(sound)
         if load:
-            wanted = (BLOCK_ROWS if _local(names[0]) else FAR_ROWS) // len(first)
+            wanted = (BLOCK_ROWS if is_local(names[0]) else FAR_ROWS) // len(first)
             together = max(1, min(wanted, groups, groups * len(names) // FEWEST_BLOCKS))
-            files.table_bytes *= 1 if _local(names[0]) else together
+            files.table_bytes *= 1 if is_local(names[0]) else together
             files.parts, files.rows = -(-groups // together), len(first)
             files.stream = columns.stream(stream, files.rows, typed=True)
         files.recent.clear()
-        if load and not _local(names[0]) and len(names) <= MOST_RECENT:
+        if load and not is_local(names[0]) and len(names) <= MOST_RECENT:
             known = pickle.dumps(files.known)  # listings of the Hub, which are by thread
             with ThreadPoolExecutor(THREADS, initializer=pickle.loads, initargs=(known,)) as pool:
                 list(pool.map(files._file, range(len(names))))  # once, for all ranks
@@ -118,10 +118,10 @@ class StreamFiles:
             self.clips, self.exact = split.num_examples, True
             return
         some = self.names[:: -(-len(self.names) // SIZES)]
-        every = sum(map(_size, some)) * len(self.names) / len(some)
+        every = sum(map(size, some)) * len(self.names) / len(some)
         if self.load:
-            size = _size(self.names[file])
-            self.clips = round(groups * rows * (every / size if size else len(self.names)))
+            first = size(self.names[file])
+            self.clips = round(groups * rows * (every / first if first else len(self.names)))
             self.exact = groups == len(self.names) == 1
         elif every and self.table_bytes:
             self.clips = round(every * rows / self.table_bytes)
@@ -180,9 +180,9 @@ class StreamFiles:
         Raises:
             ValueError: the file was changed since it was opened.
         """
-        if self.sizes.get(self.names[file]) != _stamp(self.names[file]):
+        if self.sizes.get(self.names[file]) != stamp(self.names[file]):
             raise ValueError("the file is gone or was changed since it was opened; start again")
-        if self.load and _local(self.names[file]):
+        if self.load and is_local(self.names[file]):
             yield from self._row_groups(self.names[file], part)
         elif (one := self.shard(file, part)) is not None:
             tables = one.iter(batch_size=self.rows)
@@ -193,8 +193,7 @@ class StreamFiles:
             parts = min(self.parts, parquet.num_row_groups)
             own = np.array_split(range(parquet.num_row_groups), parts)[part] if part < parts else ()
             for group in own:
-                for batch in parquet.iter_batches(MOST_ROWS, [group], use_threads=False):
-                    table = pa.Table.from_batches([batch])
+                for table in _tables(parquet, group):
                     yield self.columns(table_cast(table, self.schema))
 
     def listing(self) -> Iterator[tuple[str, pa.Table]]:
@@ -225,13 +224,13 @@ class StreamFiles:
         folders = [os.path.dirname(name) + "/" for name in self.names]
         common = os.path.commonprefix(folders).rpartition("/")[0] + "/"  # noqa: RUF071 (of addresses, too)
         return {
-            name.removeprefix(common): "-".join(map(str, self.sizes.get(name, ()))) or _key(name)
+            name.removeprefix(common): "-".join(map(str, self.sizes.get(name, ()))) or key(name)
             for name in self.names
         }
 
     def unseen(self) -> str | None:
         """Return a file on a disk that is not there for this process as it was for the one that opened it."""
-        return next((n for n, stamp in self.sizes.items() if _stamp(n) != stamp), None)
+        return next((n for n, then in self.sizes.items() if stamp(n) != then), None)
 
     def select(self, blocks: np.ndarray) -> IterableDataset:
         """Return some blocks as one stream."""
@@ -239,30 +238,10 @@ class StreamFiles:
         return concatenate_datasets([shard for shard in shards if shard is not None])
 
 
-def _local(name: str) -> bool:
-    return "://" not in name
-
-
-def _stamp(name: str) -> tuple[int, int] | None:
-    if not _local(name):
-        return None
-    try:
-        found = os.stat(name)
-    except OSError:
-        return None
-    return found.st_size, found.st_mtime_ns
-
-
-def _size(name: str) -> int:
-    system, path = fsspec.url_to_fs(name)
-    return (system.size(path) or 0) if system.exists(path) else 0
-
-
-def _key(name: str) -> str:
-    """Return what tells a file at a URL from another state of it; a Hub's is pinned by the commit in its name."""
-    if _local(name):
-        return "shard"
-    if name.startswith("hf://"):
-        return name.split("@")[1].split("/")[0] if "@" in name else name
-    system, path = fsspec.url_to_fs(name)
-    return str(system.ukey(path))
+def _tables(parquet: pq.ParquetFile, group: int) -> Iterator[pa.Table]:
+    """Yield a row group; a large one some rows at a time, by a reader that takes memory of its own."""
+    if parquet.metadata.row_group(group).num_rows <= MOST_ROWS:
+        yield parquet.read_row_group(group, use_threads=False)
+        return
+    for batch in parquet.iter_batches(MOST_ROWS, [group], use_threads=False):
+        yield pa.Table.from_batches([batch])

@@ -3,6 +3,7 @@
 Tested by tests/test_lanes.py and tests/test_failures.py.
 """
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -40,6 +41,7 @@ class Rounds:
             prefetch_factor=PARTS_AHEAD if workers else None,
             worker_init_fn=_start_worker,
         )
+        gc.freeze()  # what is there by now is not searched again and again, nor copied by workers
         self.loader = iter(loader)
 
     def __iter__(self) -> "Rounds":

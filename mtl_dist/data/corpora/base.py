@@ -10,15 +10,15 @@ import inspect
 import os
 import re
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import ClassVar
 
-import datasets
 import fsspec
 from datasets import IterableDataset
 
 from mtl_dist.data.columns import Columns
-from mtl_dist.data.corpora.corpus import Corpus, make_corpus
+from mtl_dist.data.corpora.corpus import Corpus
+from mtl_dist.data.corpora.dividing import make_corpus
 from mtl_dist.data.corpora.listing import Listing, read_manifest
 from mtl_dist.data.corpora.synthetic import SYNTHETIC
 from mtl_dist.data.sources import (
@@ -28,15 +28,14 @@ from mtl_dist.data.sources import (
     COMPRESSED,
     SPLITS,
     Source,
+    is_saved,
+    open_saved,
     open_source,
     ours,
 )
 from mtl_dist.data.streams import StreamFiles
 
 DATA = (*(suffix for suffix in BUILDERS if suffix != ".json"), *COMPRESSED)
-SAVED_BLOCK_ROWS, SAVED_BLOCKS = 16, 1024
-"""Blocks of what Dataset.save_to_disk wrote: so many rows, or more where there would be more blocks."""
-
 CORPORA: dict[str, type] = {}
 
 
@@ -142,8 +141,8 @@ class CorpusConfig(abc.ABC):
         try:
             if source.path.endswith(".csv"):
                 return read_manifest(source.path, None, field, source.columns)
-            if _is_saved(source.local()):
-                return _saved(source)
+            if is_saved(source.local()):
+                return open_saved(source)
             if root is None or root == SYNTHETIC or _is_published(source):
                 if source.columns:
                     raise ValueError(f"{field}.columns: a folder of audio has no columns")
@@ -203,26 +202,6 @@ def _is_published(source: Source) -> bool:
         if any(file.endswith(DATA) for file in files):
             return False
     return True
-
-
-def _is_saved(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
-
-
-def _saved(source: Source) -> dict[str, StreamFiles]:
-    """Open what Dataset.save_to_disk wrote."""
-    found = datasets.load_from_disk(str(source.local()))
-    found = found if isinstance(found, datasets.DatasetDict) else {"train": found}
-    files = {}
-    for split, rows in found.items():
-        if source.split in (None, split):
-            blocks = min(SAVED_BLOCKS, max(1, len(rows) // SAVED_BLOCK_ROWS))
-            stream = rows.to_iterable_dataset(num_shards=blocks)
-            columns = Columns.of(stream, source.columns)
-            files[split] = StreamFiles.open([source.path], stream, columns)
-    if not files:
-        raise ValueError(f"split: {source.split!r} (allowed: {', '.join(found)})")
-    return files
 
 
 def _config_of(function: Callable) -> type:
