@@ -22,7 +22,7 @@ import tiny
 ROOT = Path(__file__).parent.parent
 ENGINES = {"DDP": "", "FSDP2": "fsdp2_", "ZeRO-1": "zero1_", "ZeRO-2": "zero2_", "ZeRO-3": "zero3_"}
 MODEL = "--model.blocks 3 --model.layers 8 --model.channels 1024 --model.input_gain 1".split()
-MODEL += ["--train.tasks", "[audio_tagging]", "--tasks.audio_tagging.hidden", "512"]
+MODEL += ["--train.tasks", "[audio_tagging]", "--tasks.audio_tagging.hidden", "[512]"]
 """The trunk of mtl_dist/recipes/large.yaml with one of its heads: 101 million parameters."""
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
 """Lets the C library give freed tensors back to the system, so that what is resident is what is used."""

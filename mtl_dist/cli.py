@@ -56,7 +56,7 @@ def add_evaluate(commands) -> None:
     command.add_argument(
         "--out",
         type=Path,
-        help="folder for results.json, per-class tables and confusion matrices (default: the run folder; "
+        help="folder for results.json, predictions, per-class tables and confusion matrices (default: the run folder; "
         "RUN/evaluations/CHECKPOINT for another checkpoint than the run's own, or with other settings)",
     )
     command.set_defaults(act=run_evaluate)
@@ -114,10 +114,10 @@ def _report(result: Evaluation, experiment: Experiment, split: str, path: Path, 
     numbers = {split: result.numbers()}
     print(f"{path}, {split}, {len(result.bad)} bad files\n\n{results_table(numbers)}\n")
     out.mkdir(parents=True, exist_ok=True)
+    RunFolder(out).save_predictions(split, result.predictions, experiment.classes())
     RunFolder(out).save_results(numbers)
-    for name, task in experiment.tasks.items():
-        classes = task.class_names()
-        if not classes or "confusion" not in result.metrics[name]:
+    for name, classes in experiment.classes().items():
+        if "confusion" not in result.metrics[name]:
             continue
         counts = result.confusion(name)
         rows = per_class_rows(counts, result.metrics[name]["map@3_per_class"], classes)
@@ -134,7 +134,9 @@ def _write_classes(counts, rows: list[tuple], classes: list[str], out: Path, ste
         csv.writer(file).writerows([["truth \\ guess", *classes], *table])
     figure = pictures.confusion_matrix(counts, classes, stem.replace("_", " ", 1))
     figure.savefig(out / f"{stem}_confusion.png", dpi=110)
-    print(f"written: {out}/results.json, {stem}_per_class.csv, {stem}_confusion.csv and .png")
+    print(
+        f"written: {out}/results.json, predictions/, {stem}_per_class.csv, {stem}_confusion.csv and .png"
+    )
 
 
 def main(words: list[str] | None = None) -> None:

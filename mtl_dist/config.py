@@ -61,6 +61,7 @@ FREE_TO_CHANGE = {
     "train.log_every",
     "train.max_nonfinite",
     "train.stop_after_rounds",
+    "model.initial",
     "model.kernel",
     "data.workers",
     "data.max_bad_share",
@@ -235,9 +236,10 @@ def differences(config: Config, saved_text: str) -> list[str]:
         build_parser().get_defaults().as_dict()
     )  # of fields that are newer than the run
     saved, now = defaults | flatten(yaml.safe_load(saved_text)), config.flat()
+    bound = {"train.epochs", "train.rounds"} if config.optim.schedule == "cosine" else set()
     return [
         f"{key}: {saved.get(key)!r} -> {now.get(key)!r}"
-        for key in sorted({*saved, *now} - FREE_TO_CHANGE)
+        for key in sorted({*saved, *now} - (FREE_TO_CHANGE - bound))
         if saved.get(key) != now.get(key) and not PLACES.fullmatch(key)
     ]
 

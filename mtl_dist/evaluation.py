@@ -27,11 +27,15 @@ LEAST_CLIPS_JUDGED = 200
 
 @dataclasses.dataclass(kw_only=True)
 class Evaluation:
-    """Means over all clips of all ranks: {task: {metric: tensor}}, how many clips each, and what was skipped."""
+    """Means over all clips of all ranks: {task: {metric: tensor}}, how many clips each, and what was skipped.
+
+    `predictions` is {task with classes: {"id"} and Task.predict of each clip, by id}.
+    """
 
     metrics: dict[str, dict[str, torch.Tensor]]
     clips: dict[str, int]
     bad: list[str]
+    predictions: dict[str, list[dict]] = dataclasses.field(default_factory=dict)
 
     def too_many_bad(self, share: float) -> str | None:
         """Return what is wrong if more than `share` of the clips could not be used."""
@@ -96,8 +100,8 @@ def evaluation_rows(
 
 def evaluation_batches(
     experiment: Experiment, task: Task, rows: Iterable[Row], bad: list[str], crops: int = 1
-) -> Iterator[list[TaskBatch]]:
-    """Yield each readable row's batches, with draws that never change; note the others in `bad`.
+) -> Iterator[tuple[str, list[TaskBatch]]]:
+    """Yield each readable row's id and batches, with draws that never change; note the others in `bad`.
 
     One batch, or `crops` of them where the task is scored by crops: each a crop with draws of its own.
     """
@@ -116,7 +120,7 @@ def evaluation_batches(
         except BadClipError as error:
             bad.append(str(error))
         else:
-            yield batches
+            yield row.id, batches
 
 
 def forward(
@@ -151,26 +155,30 @@ def evaluate(
     result = Evaluation(metrics={}, clips={}, bad=[])
     for name, task in experiment.tasks.items():
         phases.enter(split)
-        sums, bad, done, failure = Sums(), [], 0, None
+        sums, bad, predicted, done, failure = Sums(), [], [], 0, None
         crops = experiment.config.evaluation.crops
         try:
             rows = evaluation_rows(experiment, name, split, limit, world_of(accelerator))
-            for batches in evaluation_batches(experiment, task, rows, bad, crops):
+            for clip, batches in evaluation_batches(experiment, task, rows, bad, crops):
                 for batch in batches:
                     outputs = forward(accelerator, model, name, batch, experiment.clips_per_forward)
                     sums.add(task.metrics(outputs, batch.to(accelerator.device)))
+                if found := task.predict(outputs, batch):
+                    predicted.append({"id": clip} | found)
                 done += 1
         except DataError as error:
             failure = str(error)
         phases.enter("collective")
         fail_together(accelerator, failure)
-        parts = collect(accelerator, [(sums.sums, done, bad)])
+        parts = collect(accelerator, [(sums.sums, done, bad, predicted)])
         total = Sums()
-        for part, clips, bad_there in parts:
+        for part, clips, bad_there, predicted_there in parts:
+            result.predictions.setdefault(name, []).extend(predicted_there)
             total.add(part)
             result.clips[name] = result.clips.get(name, 0) + clips
             result.bad += bad_there
         result.metrics[name] = total.means()
+        result.predictions[name].sort(key=lambda row: row["id"])
     model.train()
     for problem in result.bad if accelerator.is_main_process else []:
         log.warning("evaluation skips a bad file: %s", problem)
@@ -186,7 +194,7 @@ def examples(accelerator: Accelerator, model, experiment: Experiment, split: str
             if not number:
                 continue
             rows = evaluation_rows(experiment, name, split, number, World())
-            for place, (batch,) in enumerate(evaluation_batches(experiment, task, rows, [])):
+            for place, (_, (batch,)) in enumerate(evaluation_batches(experiment, task, rows, [])):
                 outputs = forward(accelerator, model, name, batch, experiment.clips_per_forward)
                 waves = task.showcase(outputs, batch.to(accelerator.device))
                 if waves:

@@ -91,6 +91,10 @@ class Experiment:
         sources = self.tasks[task].config.sources
         return sum(self.corpora[name].clips("train") for name in sources)
 
+    def classes(self) -> dict[str, list[str]]:
+        """Return {task: its classes}, of the tasks that have some."""
+        return {n: t.class_names() for n, t in self.tasks.items() if t.class_names()}
+
     def evaluation_blocks(self, task: str, split: str) -> tuple[Blocks, dict[str, Blocks]]:
         """Return what a task is evaluated on: a split of its first source, and noise by corpus.
 

@@ -16,10 +16,11 @@ from mtl_dist.checkpoint import Tensors, TrainState
 from mtl_dist.config import ConfigError
 from mtl_dist.data.batches import Positions
 from mtl_dist.engines import Engine
-from mtl_dist.experiment import Experiment
+from mtl_dist.experiment import Experiment, raise_together
 from mtl_dist.phases import Phases
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.runtime import collect
+from mtl_dist.transfer import transferred
 
 log = logging.getLogger("mtl_dist")
 
@@ -49,8 +50,15 @@ class Keeper:
         self.being_written: tuple[TrainState, Future | None] | None = None
 
     def resume_or_start(self) -> TrainState:
-        """Return where the run stands: at the newest checkpoint if run.resume is auto, else at its beginning."""
-        state = self._resume() or TrainState()
+        """Return where the run stands: at the newest checkpoint if run.resume is auto, else at its beginning.
+
+        Raises:
+            ConfigError: on all ranks, where one of them cannot start or go on.
+        """
+        state = self._resume()
+        if state is None:
+            state = TrainState()
+            self._start()
         state.tables = self.tables
         self.positions = {
             stream: dict(enumerate(map(tuple, lanes))) for stream, lanes in state.positions.items()
@@ -135,7 +143,7 @@ class Keeper:
         """What a user of the weights needs to rebuild the model and feed it, as model.json."""
         tasks = self.experiment.tasks
         model = dict(vars(self.config.model))
-        del model["kernel"]  # how it was computed, not what it is
+        del model["kernel"], model["initial"]  # how it came about, not what it is
         return {
             "model": model,
             "data": vars(self.config.data),
@@ -145,6 +153,21 @@ class Keeper:
                 for n, t in tasks.items()
             },
         }
+
+    def _start(self) -> None:
+        """Take over the weights of model.initial, if there is one."""
+        problem, initial = [], self.config.model.initial
+        if initial is None:
+            return
+        try:
+            new, classes = self.experiment.build_model(), self.experiment.classes()
+            weights, what = transferred(initial, new, classes)
+        except (ValueError, KeyError, OSError, SafetensorError) as error:
+            problem = [f"model.initial: {error}"]
+        raise_together(self.accelerator, problem, self.phases)
+        self.engine.load_state(weights, {})
+        if self.accelerator.is_main_process:
+            print(f"starts from {what}", file=sys.stderr)
 
     def _resume(self) -> TrainState | None:
         """Load the newest checkpoint that can be loaded; all ranks must find the same one.

@@ -1,6 +1,7 @@
-"""One Adam with a parameter group for the trunk and one per head; learning rates as a pure function of the epoch."""
+"""One Adam with a parameter group for the trunk and one per head; learning rates as a pure function of the step."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import torch
@@ -11,23 +12,33 @@ from mtl_dist.tasks.base import TaskConfig
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """base * factor ** floor(epoch / every): multiplied by `factor` every `every` epochs (paper section 4.2)."""
+    """Learning rates of a group. decay: base * factor ** floor(epoch / every), as in the paper (section 4.2). cosine: from
+    base to 0 along half a cosine over the whole run (Loshchilov and Hutter 2017, SGDR, equation 5, without restarts). In
+    the first `first_epochs` epochs times `first_factor`."""
 
     base: float
     factor: float
     every: int
+    kind: str = "decay"
+    first_factor: float = 1.0
+    first_epochs: int = 0
 
-    def at(self, epoch: int) -> float:
-        """Return the learning rate in an epoch (counted from 0)."""
-        return self.base * self.factor ** (epoch // self.every)
+    def at(self, epoch: int, done: float) -> float:
+        """Return the learning rate in an epoch (counted from 0), with a share `done` of the run's steps done."""
+        base = self.base * (self.first_factor if epoch < self.first_epochs else 1.0)
+        if self.kind == "cosine":
+            return base * (1 + math.cos(math.pi * min(1.0, done))) / 2
+        return base * self.factor ** (epoch // self.every)
 
 
 def schedules(optim: OptimConfig, tasks: Mapping[str, TaskConfig]) -> dict[str, Schedule]:
     """Return {"trunk" or task: Schedule}."""
-    return {"trunk": Schedule(optim.learning_rate, optim.decay_factor, optim.decay_epochs)} | {
-        name: Schedule(task.learning_rate, task.decay_factor, task.decay_epochs)
-        for name, task in tasks.items()
+    found = {
+        name: Schedule(own.learning_rate, own.decay_factor, own.decay_epochs, optim.schedule)
+        for name, own in {"trunk": optim, **tasks}.items()
     }
+    first = {"first_factor": optim.trunk_factor, "first_epochs": optim.trunk_epochs}
+    return found | {"trunk": dataclasses.replace(found["trunk"], **first)}
 
 
 def make_optimizer(model: torch.nn.Module, optim: OptimConfig, groups: Mapping[str, Schedule]):
@@ -45,8 +56,10 @@ def make_optimizer(model: torch.nn.Module, optim: OptimConfig, groups: Mapping[s
     )
 
 
-def set_learning_rates(optimizer, groups: Mapping[str, Schedule], epoch: int) -> dict[str, float]:
-    """Set every group's learning rate for an epoch, and return them."""
+def set_learning_rates(
+    optimizer, groups: Mapping[str, Schedule], epoch: int, done: float
+) -> dict[str, float]:
+    """Set every group's learning rate as Schedule.at has it, and return them."""
     for group in optimizer.param_groups:
-        group["lr"] = groups[group["name"]].at(epoch)
+        group["lr"] = groups[group["name"]].at(epoch, done)
     return {group["name"]: group["lr"] for group in optimizer.param_groups}

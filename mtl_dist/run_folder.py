@@ -1,15 +1,19 @@
 """The run folder: config.yaml, environment.json, status.json, metrics.jsonl, ranks/, tensorboard/, checkpoints/,
-results.json."""
+predictions/SPLIT.parquet, results.json."""
 
 import fcntl
 import importlib.metadata
+import io
 import json
 import logging
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import yaml
 
@@ -30,6 +34,18 @@ PACKAGES = (
 )
 
 
+PREDICTIONS = pa.schema(
+    [
+        ("task", pa.string()),
+        ("id", pa.string()),
+        ("label", pa.string()),
+        ("probabilities", pa.list_(pa.float32())),
+        ("probabilities_single_crop", pa.list_(pa.float32())),
+    ]
+)
+"""Columns of predictions/SPLIT.parquet; `classes` of its metadata is JSON: {task: its classes, in order}."""
+
+
 class RunFolder:
     """Paths of a run, and the files that describe it."""
 
@@ -39,6 +55,7 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.metrics = self.path / "metrics.jsonl"
         self.results = self.path / "results.json"
+        self.predictions = self.path / "predictions"
         self.config = self.path / "config.yaml"
         self.status = self.path / "status.json"
         self.ranks = self.path / "ranks"
@@ -131,6 +148,17 @@ class RunFolder:
             merged = {}
         write_atomically(self.results, json.dumps(merged | results, indent=2) + "\n")
 
+    def save_predictions(
+        self, split: str, predictions: Mapping[str, list[dict]], classes: Mapping[str, list[str]]
+    ) -> None:
+        """Write predictions/SPLIT.parquet, of the tasks with classes. Raises OSError naming it."""
+        rows = [{"task": name} | row for name in classes for row in predictions.get(name, [])]
+        schema = PREDICTIONS.with_metadata({"classes": json.dumps(dict(classes))})
+        file = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows, schema), file)
+        self.predictions.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.predictions / f"{split}.parquet", file.getvalue())
+
 
 def keep_lines_until(path: Path, round_: int) -> None:
     """Drop the lines of a JSON-lines file from the first of a later round on. Raises OSError."""
@@ -145,12 +173,12 @@ def keep_lines_until(path: Path, round_: int) -> None:
     write_atomically(path, "".join(lines))
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Write beside, flush to disk, rename: a reader sees the old file or the new one, whole. Raises OSError."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(partial, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

@@ -50,6 +50,9 @@ class ModelConfig:
     """Heads see the sum of all layers' outputs, as in the original WaveNet, instead of the last layer's."""
     input_gain: float = 1.0
     """Factor on the first convolution's initial weights; above 1, quiet input reaches the curved part of the gates."""
+    initial: str | None = None
+    """Run or checkpoint folder whose weights the trunk starts from, and the heads that fit; null for new ones. Of a run it
+    is the best checkpoint."""
     kernel: Literal["auto", "eager", "compile", "cpu", "triton"] = "auto"
     """What computes the trunk's layers: eager is the reference; auto: cpu on a CPU, on a GPU triton or else eager."""
 
@@ -176,10 +179,17 @@ class OptimConfig:
 
     learning_rate: float = 3e-4
     """Adam's learning rate for the trunk."""
+    schedule: Literal["decay", "cosine"] = "decay"
+    """Of all learning rates. decay: multiplied by decay_factor every decay_epochs, as in the paper. cosine: to 0 along half
+    a cosine over the whole run, whose length must not change then."""
     decay_factor: float = 0.95
     """The trunk's learning rate is multiplied by this ..."""
     decay_epochs: int = 5
     """... every so many epochs."""
+    trunk_factor: float = 1.0
+    """Factor on the trunk's learning rate in the first trunk_epochs epochs: 0 leaves it as model.initial has it, say."""
+    trunk_epochs: int = 0
+    """See trunk_factor."""
     beta1: float = 0.9
     """Adam's decay of the gradient's mean."""
     beta2: float = 0.99
@@ -194,6 +204,8 @@ class OptimConfig:
         check("decay_factor", self.decay_factor, 0 <= self.decay_factor < math.inf, "0 or more")
         check("eps", self.eps, 0 <= self.eps < math.inf, "0 or more")
         check("decay_epochs", self.decay_epochs, self.decay_epochs >= 1, "1 or more")
+        check("trunk_factor", self.trunk_factor, 0 <= self.trunk_factor < math.inf, "0 or more")
+        check("trunk_epochs", self.trunk_epochs, self.trunk_epochs >= 0, "0 or more")
         for name in ("beta1", "beta2"):
             check(name, getattr(self, name), 0 <= getattr(self, name) < 1, "0 to below 1")
         check(

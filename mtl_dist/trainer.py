@@ -111,7 +111,8 @@ class Trainer:
         self.phases.enter("data", self.state.round + 1)
         round_ = next(rounds)
         assert round_.number == self.state.round, "the loader yields the rounds in order"
-        rates = set_learning_rates(self.engine.inner_optimizer, self.rates, self.epoch())
+        done = self.state.round / self.plan.rounds
+        rates = set_learning_rates(self.engine.inner_optimizer, self.rates, self.epoch(), done)
         try:
             report = run_round(
                 self.engine,
@@ -221,10 +222,8 @@ class Trainer:
         if measured is not None:
             self.state.note_validation(float(measured), self.higher_is_better)
         if self.monitor is not None:
-            classes = {
-                n: t.class_names() for n, t in self.experiment.tasks.items() if t.class_names()
-            }
             number = self.state.round
+            classes = self.experiment.classes()
             self.monitor.validation(number, result, classes, self.best_metric)
             several = self.config.evaluation.examples
             shown = examples(self.accelerator, model, self.experiment, "validation", several)
@@ -250,7 +249,7 @@ class Trainer:
             self.monitor.say(
                 f"\nresults of {scored or f'round {self.state.round}'}\n\n{results_table(numbers)}\n"
             )
-            self._write_results(numbers)
+            self._write_results(results)
             if results["test"].bad:
                 bad = results["test"].bad
                 after = (
@@ -262,9 +261,12 @@ class Trainer:
             raise TrainingError(f"the test results are not to be trusted: {problem}")
         return numbers
 
-    def _write_results(self, numbers: dict) -> None:
+    def _write_results(self, results: dict[str, Evaluation]) -> None:
         try:
-            self.folder.save_results(numbers)
+            for split, result in results.items():
+                classes = self.experiment.classes()
+                self.folder.save_predictions(split, result.predictions, classes)
+            self.folder.save_results({split: r.numbers() for split, r in results.items()})
         except OSError as error:
             raise TrainingError(
                 f"{error}; training is done and the table above holds the results: make room, and write them with "

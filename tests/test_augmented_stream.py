@@ -97,7 +97,7 @@ def test_evaluation_hears_the_clips_as_they_are(augmented, tiny_experiment):
             rows = evaluation_rows(experiment, "audio_tagging", split, 2, ALONE)
             task = experiment.tasks["audio_tagging"]
             heard.append(list(evaluation_batches(experiment, task, rows, [])))
-        for ours, plain in zip(*heard, strict=True):
+        for (_, ours), (_, plain) in zip(*heard, strict=True):
             assert torch.equal(ours[0].inputs, plain[0].inputs)
 
 

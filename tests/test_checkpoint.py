@@ -167,7 +167,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_names_that_do_not_fit(
 ):
     path = save(tmp_path, tiny_experiment, 1)
     for words, name in (
-        (["--tasks.upsampling.hidden", "5"], r"heads\.heads\.upsampling\.layers\.0\.weight"),
+        (["--tasks.upsampling.hidden", "[5]"], r"heads\.heads\.upsampling\.layers\.0\.weight"),
         (["--model.residual_projection", "true"], r"trunk\.layers\.0\.projection\.weight"),
         (["--train.tasks", "[audio_tagging]"], r"heads\.heads\.next_step"),
     ):

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import worlds
@@ -49,6 +50,29 @@ def test_evaluate_prints_and_writes_the_same_numbers(run_folder, tmp_path, capsy
     weighted = sum(int(row["clips"]) * float(row["map@3"]) for row in per_class)
     assert weighted / counts.sum() == pytest.approx(tagging["map@3"], abs=1e-3)
     assert (tmp_path / "test_audio_tagging_confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_numbers_are_those_of_the_predictions(run_folder, tmp_path):
+    """Brute force: MAP@3 and accuracy of the rows of predictions/test.parquet."""
+    cli.main(["evaluate", str(run_folder), "--out", str(tmp_path), "--split", "test"])
+    results = json.loads((tmp_path / "results.json").read_text())["test"]["audio_tagging"]
+    table = pq.read_table(tmp_path / "predictions" / "test.parquet")
+    classes = json.loads(table.schema.metadata[b"classes"])["audio_tagging"]
+    rows = table.to_pylist()
+    assert {row["task"] for row in rows} == {"audio_tagging"}
+    ids = [row["id"] for row in rows]
+    assert ids == sorted(set(ids))
+    assert len(ids) == results["clips"]
+    for column, suffix in (("probabilities", ""), ("probabilities_single_crop", "_single_crop")):
+        precision, right = [], []
+        for row in rows:
+            assert sum(row[column]) == pytest.approx(1, abs=1e-5)
+            ranked = sorted(classes, key=lambda c, row=row: -row[column][classes.index(c)])
+            place = ranked.index(row["label"]) + 1
+            precision.append(1 / place if place <= 3 else 0)
+            right.append(place == 1)
+        assert results[f"map@3{suffix}"] == pytest.approx(np.mean(precision), abs=1e-6)
+        assert results[f"accuracy{suffix}"] == pytest.approx(np.mean(right), abs=1e-6)
 
 
 def test_evaluate_keeps_the_results_of_other_splits(run_folder, tmp_path):

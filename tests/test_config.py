@@ -21,15 +21,15 @@ TABLE_3 = {
     "optim.learning_rate": 3e-4,
     "optim.decay_epochs": 5,
     "optim.decay_factor": 0.95,
-    "tasks.audio_tagging.hidden": 512,
+    "tasks.audio_tagging.hidden": [512],
     "tasks.audio_tagging.learning_rate": 5.37e-5,
-    "tasks.next_step.hidden": 128,
+    "tasks.next_step.hidden": [128],
     "tasks.next_step.filter_width": 1,
     "tasks.next_step.learning_rate": 5e-3,
-    "tasks.noise_reduction.hidden": 128,
+    "tasks.noise_reduction.hidden": [128],
     "tasks.noise_reduction.filter_width": 11,
     "tasks.noise_reduction.learning_rate": 5e-3,
-    "tasks.upsampling.hidden": 128,
+    "tasks.upsampling.hidden": [128],
     "tasks.upsampling.filter_width": 11,
     "tasks.upsampling.learning_rate": 5e-3,
     **{f"tasks.{task}.decay_epochs": 5 for task in TASKS},
@@ -89,6 +89,18 @@ def test_a_run_from_before_a_field_was_there_goes_on_with_its_default():
     assert differences(louder, text) == ["tasks.audio_tagging.augment.gain_db: None -> [-6.0, 0.0]"]
 
 
+def test_a_run_keeps_its_length_where_its_learning_rates_hang_on_it():
+    words = ["--optim.schedule", "cosine", "--train.rounds", "40"]
+    longer = load_config([*words[:-1], "50"])
+    assert differences(longer, load_config(words).text) == ["train.rounds: 40 -> 50"]
+    assert (
+        differences(
+            load_config(["--train.rounds", "50"]), load_config(["--train.rounds", "40"]).text
+        )
+        == []
+    )
+
+
 def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_default(tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(
@@ -115,7 +127,7 @@ WRONG = {
     "--tasks.noise_reduction.noise chme3": "tasks.noise_reduction.noise: unknown corpus 'chme3', did you mean 'chime3'?",
     "--tasks.next_step.weight -1": "tasks.next_step.weight: -1.0 is not allowed",
     "--tasks.upsampling.filter_width 10": "tasks.upsampling.filter_width: 10 is not allowed; use an odd number",
-    "--tasks.audio_tagging.hidden 0": "tasks.audio_tagging.hidden: 0 is not allowed; use 1 or more",
+    "--tasks.audio_tagging.hidden [8,0]": "tasks.audio_tagging.hidden: [8, 0] is not allowed; use 1 or more for each layer",
     "--tasks.next_step.augment.gain_db [6,-6]": "tasks.next_step.augment.gain_db: (6.0, -6.0) is not allowed",
     "--tasks.next_step.augment.gain_db [0,.nan]": "augment.gain_db: (0.0, nan) is not allowed; use [lowest, highest]",
     "--tasks.next_step.augment.pitch_semitones [-99,0]": "within -24 to 24, or null",
@@ -246,7 +258,7 @@ def test_a_plugin_registers_a_task_that_is_configured_built_and_trained_like_the
 ):
     words = tiny.tiny_words(corpora_root, "--train.tasks", "[audio_tagging,echo]")
     words += ["--run.plugins", f"[{plugin}]", "--tasks.echo.sources", "[librispeech]"]
-    words += ["--tasks.echo.loudness", "2.5", "--tasks.echo.hidden", "4", "--train.rounds", "1"]
+    words += ["--tasks.echo.loudness", "2.5", "--tasks.echo.hidden", "[4]", "--train.rounds", "1"]
     config = load_config(words)
     assert config.tasks["echo"].loudness == 2.5
     assert set(build_experiment(config).build_model().heads.heads) == {"audio_tagging", "echo"}

@@ -85,7 +85,7 @@ def test_several_crops_of_a_clip_have_draws_of_their_own_and_are_averaged(words,
     task = experiment.tasks["noise_reduction"]
     arguments = (experiment, task, rows_of(experiment, "noise_reduction"), [])
     scores = []
-    for row, (alone,) in zip(
+    for (_, row), (_, (alone,)) in zip(
         evaluation.evaluation_batches(*arguments, crops=3),
         evaluation.evaluation_batches(*arguments),
         strict=True,

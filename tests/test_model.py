@@ -14,10 +14,10 @@ VARIANTS = [{}, {"residual_projection": True}, {"skip_outputs": True}]
 def heads_of_the_paper(channels: int) -> dict:
     """Table 3's heads, 41 classes."""
     return {
-        "audio_tagging": PooledClassifier(channels, 512, 41),
-        "next_step": ConvHead(channels, 128, 1),
-        "noise_reduction": ConvHead(channels, 128, 11),
-        "upsampling": ConvHead(channels, 128, 11),
+        "audio_tagging": PooledClassifier(channels, [512], 41),
+        "next_step": ConvHead(channels, [128], 1),
+        "noise_reduction": ConvHead(channels, [128], 11),
+        "upsampling": ConvHead(channels, [128], 11),
     }
 
 
@@ -100,18 +100,20 @@ def test_skip_outputs_are_the_sum_of_all_layers_answers():
     torch.testing.assert_close(skip(wave), plain(wave) - plain.input(wave[:, None]))
 
 
-def test_a_conv_head_looks_evenly_to_both_sides():
+@pytest.mark.parametrize("hidden", [[], [64], [64, 48]])
+def test_a_conv_head_looks_evenly_to_both_sides(hidden):
     torch.manual_seed(0)
-    head = ConvHead(3, 64, 11).double()
-    hidden = torch.randn(1, 3, 60, dtype=torch.float64, requires_grad=True)
-    head(hidden, torch.tensor([60]))[0, 30].backward()
-    reached = hidden.grad[0].abs().sum(0).nonzero().flatten().tolist()
-    assert reached == list(range(20, 41))
+    head = ConvHead(3, hidden, 11).double()
+    features = torch.randn(1, 3, 60, dtype=torch.float64, requires_grad=True)
+    head(features, torch.tensor([60]))[0, 30].backward()
+    reached = features.grad[0].abs().sum(0).nonzero().flatten().tolist()
+    assert head.reach == 5 * (len(hidden) + 1)
+    assert reached == list(range(30 - head.reach, 30 + head.reach + 1))
 
 
 def test_padding_does_not_change_a_clips_logits():
     torch.manual_seed(0)
-    trunk, head = WaveNetTrunk(2, 3, 4, input_gain=4.0), PooledClassifier(4, 8, 5)
+    trunk, head = WaveNetTrunk(2, 3, 4, input_gain=4.0), PooledClassifier(4, [8], 5)
     wave = torch.randn(1, 70)
     padded = torch.nn.functional.pad(wave, (0, 50))
     logits = head(trunk(wave), torch.tensor([70]))
@@ -121,7 +123,7 @@ def test_padding_does_not_change_a_clips_logits():
 
 
 def test_logits_of_an_absent_clip_are_finite():
-    head = PooledClassifier(4, 8, 5)
+    head = PooledClassifier(4, [8], 5)
     assert head(torch.randn(1, 4, 20), torch.tensor([0])).isfinite().all()
 
 
@@ -155,7 +157,7 @@ def test_tasks_of_equal_length_in_one_pass_equal_separate_passes(tiny_experiment
 
 def test_an_even_filter_width_is_refused():
     with pytest.raises(ValueError, match="filter_width: 10"):
-        ConvHead(4, 8, 10)
+        ConvHead(4, [8], 10)
 
 
 def test_every_conv_task_of_the_paper_has_its_head():
@@ -169,7 +171,7 @@ def test_every_conv_task_of_the_paper_has_its_head():
 
 @pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
 def test_the_mean_over_time_is_taken_in_fp32_whatever_the_precision(precision):
-    head = PooledClassifier(channels=2, hidden=4, classes=3)
+    head = PooledClassifier(channels=2, hidden=[4], classes=3)
     hidden = torch.full((1, 2, 80_000), 3.0)  # their sum is beyond fp16's 65,504
     valid = torch.tensor([79_999])
     wanted = head(hidden, valid)

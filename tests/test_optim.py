@@ -54,15 +54,15 @@ def test_every_parameter_is_in_the_one_group_it_belongs_to(tiny_experiment, grou
     ("epoch", "factor"), [(0, 1), (4, 1), (5, 0.95), (9, 0.95), (10, 0.95**2), (99, 0.95**19)]
 )
 def test_learning_rates_fall_by_5_percent_every_5_epochs(optimizer, groups, epoch, factor):
-    rates = set_learning_rates(optimizer, groups, epoch)
+    rates = set_learning_rates(optimizer, groups, epoch, epoch / 100)
     assert rates == pytest.approx({name: rate * factor for name, rate in PAPER.items()}, rel=1e-12)
     assert {g["name"]: g["lr"] for g in optimizer.param_groups} == rates
 
 
 def test_learning_rates_depend_on_the_epoch_alone(optimizer, groups):
-    direct = set_learning_rates(optimizer, groups, 23)
+    direct = set_learning_rates(optimizer, groups, 23, 0.23)
     for epoch in (50, 0, 7, 23):
-        by_detours = set_learning_rates(optimizer, groups, epoch)
+        by_detours = set_learning_rates(optimizer, groups, epoch, epoch / 100)
     assert by_detours == direct
 
 
@@ -72,8 +72,25 @@ def test_tasks_may_decay_on_their_own():
         {"next_step": TASKS["next_step"].Config(decay_factor=0.1, decay_epochs=3)},
     )
     assert own["trunk"] == Schedule(3e-4, 0.5, 2)
-    assert own["trunk"].at(5) == pytest.approx(3e-4 * 0.25)
-    assert own["next_step"].at(5) == pytest.approx(5e-3 * 0.1)
+    assert own["trunk"].at(5, 0.5) == pytest.approx(3e-4 * 0.25)
+    assert own["next_step"].at(5, 0.5) == pytest.approx(5e-3 * 0.1)
+
+
+def test_the_cosine_schedule_is_pytorchs():
+    own = schedules(OptimConfig(schedule="cosine"), {"upsampling": TASKS["upsampling"].Config()})
+    optimizer = torch.optim.SGD(
+        [
+            {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": own[n].base, "name": n}
+            for n in own
+        ]
+    )
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=30)
+    for step in range(30):
+        wanted = dict(zip(own, theirs.get_last_lr(), strict=True))
+        found = {name: schedule.at(step // 4, step / 30) for name, schedule in own.items()}
+        assert found == pytest.approx(wanted, rel=1e-6)
+        optimizer.step()
+        theirs.step()
 
 
 def test_an_adam_step_is_the_papers_formula(tiny_experiment, groups):
@@ -83,7 +100,7 @@ def test_an_adam_step_is_the_papers_formula(tiny_experiment, groups):
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    set_learning_rates(optimizer, groups, 5)
+    set_learning_rates(optimizer, groups, 5, 0.05)
     optimizer.step()
     for name, parameter in model.named_parameters():
         group = "trunk" if name.startswith("trunk.") else name.split(".")[2]

@@ -28,6 +28,7 @@ def test_a_run_folder_holds_what_the_run_was(finished):
         "config.yaml",
         "environment.json",
         "metrics.jsonl",
+        "predictions",
         "results.json",
         "status.json",
         "tensorboard",

@@ -207,7 +207,7 @@ class Silent(Task):
         self.config, self.whole = None, False
 
     def build_head(self, channels):
-        return ConvHead(channels, 4, 3)
+        return ConvHead(channels, [4], 3)
 
     def count(self, batch):
         return torch.tensor(float(len(batch.valid)))
@@ -248,12 +248,12 @@ def test_what_was_derived_and_means_something_else_is_computed_whole(tiny_experi
         def forward(self, hidden, valid):
             return self.layers(hidden.amax(dim=2))
 
-    conv = ConvHead(4, 4, 3)
+    conv = ConvHead(4, [4], 3)
     assert can_be_sliced(denoise, conv)
     assert can_be_sliced(object.__new__(OtherTerms), conv)
     assert not can_be_sliced(object.__new__(OtherLoss), conv)
-    assert can_be_sliced(tagging, PooledClassifier(4, 4, 3))
-    assert not can_be_sliced(tagging, OtherPooling(4, 4, 3))
+    assert can_be_sliced(tagging, PooledClassifier(4, [4], 3))
+    assert not can_be_sliced(tagging, OtherPooling(4, [4], 3))
     assert not can_be_sliced(denoise, nn.Conv1d(4, 1, 1))
 
 

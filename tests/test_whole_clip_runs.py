@@ -43,7 +43,7 @@ def test_tagging_is_scored_on_whole_clips_and_on_the_single_crops_of_runs_with_c
     accelerator, model = big_batch.cpu_accelerator(), experiment.build_model().eval()
     assert crops.tasks["audio_tagging"].crop_samples == 1600
     seen = set()
-    for row, (batch,), (cropped,) in zip(rows, ours, theirs, strict=True):
+    for row, (_, (batch,)), (_, (cropped,)) in zip(rows, ours, theirs, strict=True):
         clip, single = batch.valid.tolist()[:-1], int(batch.valid[-1])
         seen.add(len(cropped.valid))
         everything = experiment.reader.windows(row, task.crop_samples)
@@ -63,7 +63,7 @@ def test_self_supervised_tasks_are_scored_on_crops_of_the_usual_length(experimen
     rows = evaluation.evaluation_rows(experiment, "upsampling", "test", None, World())
     batches = list(evaluation.evaluation_batches(experiment, task, rows, []))
     assert len(batches) > 2
-    assert all(batch.valid.tolist() == [1600] for (batch,) in batches)
+    assert all(batch.valid.tolist() == [1600] for _, (batch,) in batches)
 
 
 def test_the_plan_is_that_of_the_longest_clips(root, capsys, experiment):

@@ -6,6 +6,9 @@ A head can be computed in slices of time (slices.py) if it has `reach`, as ConvH
 PooledClassifier.
 """
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -16,26 +19,22 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 class ConvHead(nn.Module):
-    """Two convolutions over time, ReLU between: C -> hidden -> 1 (paper section 3.2 and Table 3).
+    """Convolutions over time, ReLU between: C -> hidden -> 1; one hidden layer in paper section 3.2 and Table 3.
 
-    `width` is the filter width of both, odd and centred, so that the head looks (width - 1) / 2 samples to either side
-    and the middle of the trunk's window stays the middle.
+    `hidden` has the units of each hidden layer. `width` is the filter width of all, odd and centred, so that each looks
+    (width - 1) / 2 samples to either side and the middle of the trunk's window stays the middle.
     """
 
-    def __init__(self, channels: int, hidden: int, width: int):
+    def __init__(self, channels: int, hidden: Sequence[int], width: int):
         super().__init__()
         if width % 2 == 0:
             raise ValueError(f"filter_width: {width} is even; a centred filter needs an odd width")
-        self.layers = nn.Sequential(
-            nn.Conv1d(channels, hidden, width, padding=width // 2),
-            nn.ReLU(),
-            nn.Conv1d(hidden, 1, width, padding=width // 2),
-        )
+        self.layers = layered(nn.Conv1d, [channels, *hidden, 1], width, padding=width // 2)
 
     @property
     def reach(self) -> int:
         """How many features before and after its own an output hangs on; beyond both ends every layer is padded by zeros."""
-        return 2 * (self.layers[0].kernel_size[0] // 2)
+        return sum(layer.kernel_size[0] // 2 for layer in self.layers[::2])
 
     def forward(self, hidden_BCT: Tensor, valid_B: Tensor) -> Tensor:
         """Return one predicted sample per time step: (B, T)."""
@@ -43,16 +42,15 @@ class ConvHead(nn.Module):
 
 
 class PooledClassifier(nn.Module):
-    """Mean over time, then an MLP with one hidden ReLU layer: C -> hidden -> K logits (paper section 3.2.4).
+    """Mean over time, then an MLP: C -> hidden -> K logits; one hidden ReLU layer in paper section 3.2.4.
 
-    The mean is over the real samples only, so that zero padding does not change a clip's logits.
+    `hidden` has the units of each hidden layer; none for a linear classifier. The mean is over the real samples only, so
+    that zero padding does not change a clip's logits.
     """
 
-    def __init__(self, channels: int, hidden: int, classes: int):
+    def __init__(self, channels: int, hidden: Sequence[int], classes: int):
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, classes)
-        )
+        self.layers = layered(nn.Linear, [channels, *hidden, classes])
 
     def sums(self, hidden_BCT: Tensor, valid_B: Tensor) -> Tensor:
         """Return the features' sum over the real samples (B, C), in fp32 or wider; sums of stretches of time add up."""
@@ -71,3 +69,9 @@ class PooledClassifier(nn.Module):
     def forward(self, hidden_BCT: Tensor, valid_B: Tensor) -> Tensor:
         """Return logits (B, K)."""
         return self.classify(self.sums(hidden_BCT, valid_B), valid_B)
+
+
+def layered(layer: type[nn.Module], units: Sequence[int], *more, **named) -> nn.Sequential:
+    """Return layers from each number of units to the next, ReLU between."""
+    layers = [layer(*pair, *more, **named) for pair in itertools.pairwise(units)]
+    return nn.Sequential(*(part for one in layers for part in (one, nn.ReLU())))[:-1]

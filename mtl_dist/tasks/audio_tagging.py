@@ -21,6 +21,7 @@ from mtl_dist.tasks.base import (
     TaskBatch,
     TaskConfig,
     TaskContext,
+    check_hidden,
     register_task,
     valid_lengths,
 )
@@ -37,15 +38,14 @@ class AudioTagging(Task):
     class Config(TaskConfig):
         """Audio tagging (paper section 3.2.4)."""
 
-        hidden: int = 512
-        """Units of the head's hidden layer (Table 3)."""
+        hidden: list[int] = dataclasses.field(default_factory=lambda: [512])
+        """Units of each of the head's hidden layers (Table 3); [] for a linear classifier."""
         learning_rate: float = 5.37e-5
         """Adam's learning rate for the task's head (Table 3)."""
 
         def __post_init__(self):
             super().__post_init__()
-            if self.hidden < 1:
-                raise ValueError(f"hidden: {self.hidden} is not allowed; use 1 or more")
+            check_hidden(self.hidden)
 
     def __init__(self, config: TaskConfig, context: TaskContext):
         super().__init__(config, context)
@@ -72,7 +72,7 @@ class AudioTagging(Task):
         return TaskBatch(waves, labels, valid_lengths(clips))
 
     def build_head(self, channels: int) -> nn.Module:
-        """Return mean over time, hidden ReLU layer, K logits."""
+        """Return mean over time, hidden ReLU layers, K logits."""
         return PooledClassifier(channels, self.config.hidden, len(self.classes))
 
     def count(self, batch: TaskBatch) -> Tensor:
@@ -84,13 +84,23 @@ class AudioTagging(Task):
         terms = nn.functional.cross_entropy(wide(outputs), batch.targets, reduction="none")
         return terms.masked_fill(batch.valid == 0, 0.0).sum(), self.count(batch)
 
-    def metrics(self, outputs: Tensor, batch: TaskBatch) -> dict[str, SumCount]:
-        """Score one row: all outputs but the last are its windows, the last is its single crop."""
+    def predict(self, outputs: Tensor, batch: TaskBatch) -> dict[str, object]:
+        """Return the label and the class probabilities (K,) of one row: the mean over its windows, all outputs but the last,
+        and those of its single crop, which is the last."""
         probabilities = outputs.float().softmax(dim=1)
-        label = batch.targets[:1]
-        by_windows = probabilities[:-1].mean(dim=0, keepdim=True)
-        single = probabilities[-1:]
-        one = torch.ones((), device=outputs.device)
+        return {
+            "label": self.classes[int(batch.targets[0])],
+            "probabilities": probabilities[:-1].mean(dim=0).tolist(),
+            "probabilities_single_crop": probabilities[-1].tolist(),
+        }
+
+    def metrics(self, outputs: Tensor, batch: TaskBatch) -> dict[str, SumCount]:
+        """Score one row by what `predict` says of it."""
+        row = self.predict(outputs, batch)
+        label = torch.tensor([self.classes.index(row["label"])])
+        by_windows = torch.tensor([row["probabilities"]])
+        single = torch.tensor([row["probabilities_single_crop"]])
+        one = torch.ones(())
         precision = average_precision_at_3(by_windows, label).sum()
         truth = nn.functional.one_hot(label[0], len(self.classes)).float()
         guess = nn.functional.one_hot(by_windows.argmax(), len(self.classes)).float()

@@ -98,6 +98,12 @@ class TaskConfig:
         return list(dict.fromkeys(corpus for field, corpus in self.corpora() if field in fields))
 
 
+def check_hidden(units: list[int]) -> None:
+    """Raise ValueError unless every hidden layer of a head has a unit."""
+    if any(count < 1 for count in units):
+        raise ValueError(f"hidden: {units} is not allowed; use 1 or more for each layer")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskContext:
     """What a task may need to know of the rest. `receptive_field` is the trunk's, in samples; `rate` in Hz; `classes` are
@@ -192,6 +198,11 @@ class Task:
         """Return {metric: (sum, count)} for the clips of one row; tensors of any shape, added up over rows."""
         total, count = self.loss(outputs, batch)
         return {"loss": (total, count)}
+
+    def predict(self, outputs: Tensor, batch: TaskBatch) -> dict[str, object]:
+        """Return what predictions/SPLIT.parquet keeps of a row: {"label", "probabilities", "probabilities_single_crop"}, of
+        a task with classes."""
+        return {}
 
     def showcase(self, outputs: Tensor, batch: TaskBatch) -> dict[str, Tensor]:
         """Return {what it is: wave (T,)} to listen to and look at, of a batch of one clip."""

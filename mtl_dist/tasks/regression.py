@@ -10,22 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from mtl_dist.models.heads import ConvHead, wide
-from mtl_dist.tasks.base import LocalTask, TaskBatch, TaskConfig, TaskContext
+from mtl_dist.tasks.base import LocalTask, TaskBatch, TaskConfig, TaskContext, check_hidden
 
 
 @dataclasses.dataclass(kw_only=True)
 class RegressionConfig(TaskConfig):
     """A self-supervised task's settings."""
 
-    hidden: int = 128
-    """Units of the head's hidden layer (Table 3)."""
+    hidden: list[int] = dataclasses.field(default_factory=lambda: [128])
+    """Units of each of the head's hidden layers (Table 3); [] for none."""
     filter_width: int = 11
     """Width of the head's convolutions in samples, odd (Table 3)."""
 
     def __post_init__(self):
         super().__post_init__()
-        if self.hidden < 1:
-            raise ValueError(f"hidden: {self.hidden} is not allowed; use 1 or more")
+        check_hidden(self.hidden)
         if self.filter_width < 1 or self.filter_width % 2 == 0:
             raise ValueError(f"filter_width: {self.filter_width} is not allowed; use an odd number")
 
@@ -51,11 +50,12 @@ class RegressionTask(LocalTask):
 
     @property
     def tail_samples(self) -> int:
-        """The delay, and what the head's two convolutions look ahead of it."""
-        return max(0, self.delay + self.config.filter_width - 1)
+        """The delay, and what the head's convolutions look ahead of it."""
+        layers = len(self.config.hidden) + 1
+        return max(0, self.delay + layers * (self.config.filter_width // 2))
 
     def build_head(self, channels: int) -> nn.Module:
-        """Return the two-layer convolutional head."""
+        """Return the convolutional head."""
         return ConvHead(channels, self.config.hidden, self.config.filter_width)
 
     def elementwise(self, estimate: Tensor, target: Tensor) -> Tensor:
