@@ -4,6 +4,7 @@
     mtl-dist plan --config demo --nodes 1 --gpus-per-node 2                                                    (planning.py)
     mtl-dist doctor --config demo                                                                              (doctor.py)
     mtl-dist prepare librispeech data/LibriSpeech prepared/librispeech                                  (data/prepare.py)
+    mtl-dist study table1 --seeds 0,1,2 --out runs/table1                                        (experiments/runner.py)
 
 Tested by tests/test_cli.py.
 """
@@ -25,6 +26,7 @@ from mtl_dist.data.sources import SPLITS
 from mtl_dist.doctor import add_doctor
 from mtl_dist.evaluation import Evaluation, evaluate
 from mtl_dist.experiment import Experiment, build_together
+from mtl_dist.experiments.runner import add_study
 from mtl_dist.phases import Phases
 from mtl_dist.planning import add_plan
 from mtl_dist.run_folder import RunFolder
@@ -150,6 +152,7 @@ def main(words: list[str] | None = None) -> None:
     add_plan(commands)
     add_doctor(commands)
     add_prepare(commands)
+    add_study(commands)
     options, overrides = parser.parse_known_args(words)
     try:
         options.act(options, overrides)

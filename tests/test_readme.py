@@ -33,7 +33,12 @@ SHORT = (
     "--model.blocks 1 --model.layers 2 --model.channels 4 --data.crop_seconds 0.1 --train.global_batch 4"
 ).split()
 
-SAID = {"plan": "rounds an epoch", "doctor": "shared memory", "prepare": " shards of "}
+SAID = {
+    "plan": "rounds an epoch",
+    "doctor": "shared memory",
+    "prepare": " shards of ",
+    "study": "/TAG/seed_0",
+}
 """What a command of mtl-dist prints."""
 
 
@@ -191,7 +196,7 @@ def test_file_tree_names_every_module_and_nothing_else():
     tree = next(block for block in blocks("text") if block.startswith("mtl_dist/"))
     named = set(re.findall(r"\w+\.(?:py|yaml)", tree[: tree.index("launch_configs/")]))
     there = {path.name for path in (ROOT / "mtl_dist").rglob("*.py") if path.name != "__init__.py"}
-    there |= {path.name for path in (ROOT / "mtl_dist/recipes").glob("*.yaml")}
+    there |= {path.name for path in (ROOT / "mtl_dist").glob("*/*.yaml")}
     per_task = {"audio_tagging.py", "next_step.py", "noise_reduction.py", "upsampling.py"}
     assert named == there - per_task
     for path in (ROOT / "launch_configs").glob("*.yaml"):

@@ -1,0 +1,1 @@
+"""Studies by name: mtl-dist study NAME."""
