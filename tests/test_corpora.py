@@ -86,6 +86,25 @@ def test_a_tenth_of_every_label_is_set_aside_by_split_seed_alone(real):
     assert ids(first, "validation") != ids(other, "validation")
 
 
+def test_a_share_of_every_label_is_trained_on_and_a_smaller_one_is_part_of_a_larger(real):
+    root = real / "FSDKaggle2018"
+    train = labels_of(root / "FSDKaggle2018.meta" / "train_post_competition.csv")
+    every = load("fsdkaggle2018", root=root)
+    of_label = collections.Counter(train[clip] for clip in ids(every, "train"))
+    larger = ids(every, "train")
+    for share in (0.5, 0.2, 0.01):
+        corpus = load("fsdkaggle2018", root=root, train_share=share)
+        kept = ids(corpus, "train")
+        wanted = {label: max(1, round(share * count)) for label, count in of_label.items()}
+        assert collections.Counter(train[clip] for clip in kept) == wanted
+        assert kept < larger
+        assert corpus.classes == every.classes
+        assert [ids(corpus, s) for s in SPLITS[1:]] == [ids(every, s) for s in SPLITS[1:]]
+        larger = kept
+    other = load("fsdkaggle2018", 1, root=root, train_share=0.01)
+    assert ids(other, "train") != kept
+
+
 def test_librispeech_sets_speakers_aside_and_takes_all_others(real):
     corpus = load("librispeech", root=real / "LibriSpeech", heldout_share=0.1)
     speakers = {s: {row["speaker"] for row in rows(corpus, s)} for s in SPLITS}

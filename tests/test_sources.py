@@ -266,6 +266,14 @@ def test_labelled_streams_are_divided_label_by_label_and_sources_alike(tmp_path)
     files = kinds.audio_files(tmp_path / "files", rows)
     listed = of({"path": files}, kind="folder", labelled=True, validation_share=0.2)
     assert sorted(ids(listed, "test")) == sorted(ids(corpus, "test"))
+    fewer = {"kind": "folder", "validation_share": 0.2, "train_share": 0.4}
+    streamed = of(*({"path": path} for path in both), **fewer)
+    listed = of({"path": files}, labelled=True, **fewer)
+    assert sorted(row["label"] for row in streamed.stream("train")) == sorted("abcdef" * 3)
+    assert sorted(ids(listed, "train")) == sorted(ids(streamed, "train"))
+    assert (
+        sorted(ids(listed, "test")) == sorted(ids(streamed, "test")) == sorted(ids(corpus, "test"))
+    )
 
 
 SPEECH = [row | {"label": None} for row in kinds.clips(64)]

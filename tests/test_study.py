@@ -68,6 +68,22 @@ def test_table_1_has_the_papers_eight_rows():
         assert {short[word] for word in name.split(" + ")} == set(variant.settings["train.tasks"])
 
 
+def test_the_command_line_wins_over_what_is_common_and_a_variant_over_the_command_line(tmp_path):
+    found = load_study("labels")
+    words = ["--train.rounds", "9", "--corpora.fsdkaggle2018.train_share", "0.7"]
+    configs = {
+        run.variant.name: load_config(run.words)
+        for run in plan_runs(found, "paper", [0], tmp_path, words)
+    }
+    assert {config.train.rounds for config in configs.values()} == {9}
+    assert {config.optim.schedule for config in configs.values()} == {"cosine"}
+    shares = {n: c.corpora["fsdkaggle2018"].train_share for n, c in configs.items()}
+    assert shares == {n: int(n.split()[1]) / 100 for n in found.variants}
+    assert {v.name: v.against for v in found.variants.values()} == {
+        name: f"TAG {name.split()[1]}" if name.startswith("MTL") else "TAG 100" for name in shares
+    }
+
+
 @pytest.mark.slow
 def test_failed_runs_are_named_and_tried_again_and_finished_ones_are_not(corpora_root, tmp_path):
     """LibriSpeech is not there at first; two runs at a time, each through accelerate launch."""
@@ -96,7 +112,7 @@ def test_failed_runs_are_named_and_tried_again_and_finished_ones_are_not(corpora
     assert rows[0][:3] == ["alone", "2", f"{mean['alone']:.4f}"]
     assert rows[0][-1] == "0.500"
     assert rows[1][:4] == ["with", "UP", "2", f"{mean['withUP']:.4f}"]
-    assert rows[1][-1] == f"{mean['withUP'] - mean['alone']:+.4f}"
+    assert rows[1][-2:] == [f"{mean['withUP'] - mean['alone']:+.4f}", "alone"]
     shown = study(*words, *roots(corpora), "--dry_run")
     assert shown.stdout.count("# finished") == 4
 
@@ -150,7 +166,7 @@ def test_mistakes_in_a_study_are_named(corpora_root, tmp_path, changes, message)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nosuch"], "neither a file nor a study (figure3, table1, table2)"),
+        (["nosuch"], "neither a file nor a study (figure3, labels, table1, table2)"),
         (["table1", "--seeds", "0,x"], "--seeds: '0,x'; write them as 0,1,2"),
         (["table1", "--seeds", "1,1"], "use each seed once"),
         (["table1", "--jobs", "0"], "--jobs: 0 is not allowed"),

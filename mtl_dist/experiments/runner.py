@@ -84,9 +84,11 @@ def _seeds(text: str) -> list[int]:
 
 def _claim(out: Path, study: Study, recipe: str, overrides: Sequence[str]) -> None:
     """Write OUT/study.yaml. Raises ValueError if OUT holds another study, or something else."""
-    variants = {v.name: {"set": dict(v.settings)} for v in study.variants.values()}
+    variants = {
+        v.name: {"set": dict(v.settings), "against": v.against} for v in study.variants.values()
+    }
     told = {"study": study.name, "metric": f"{study.task}/{study.metric}"}
-    told |= {"against": study.against, "recipe": recipe, "overrides": list(overrides)}
+    told |= {"recipe": recipe, "set": dict(study.settings), "overrides": list(overrides)}
     path = out / "study.yaml"
     if path.exists():
         saved = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -197,7 +199,7 @@ def _why(lines: Sequence[str]) -> str:
 
 
 def table(study: Study, runs: Sequence[Run]) -> str:
-    """Return a row for each variant: runs finished, mean and standard deviation over seeds, difference, published value."""
+    """Return a row for each variant: runs finished, mean and deviation over seeds, gain over another, published value."""
     scores: dict[str, list[float]] = {name: [] for name in study.variants}
     for run in runs:
         if run.finished():
@@ -208,14 +210,16 @@ def table(study: Study, runs: Sequence[Run]) -> str:
                     f"(there: {', '.join(found)})"
                 )
             scores[run.variant.name].append(found[study.metric])
-    base = scores[study.against]
-    rows = [("variant", "runs", study.metric, "sd", f"- {study.against}", "published")]
+    rows = [("variant", "runs", study.metric, "sd", "gain", "over", "published")]
     for name, found in scores.items():
+        variant = study.variants[name]
+        base = scores[variant.against]
         mean = f"{statistics.mean(found):.4f}" if found else ""
         spread = f"{statistics.stdev(found):.4f}" if len(found) > 1 else ""
-        both = found and base and name != study.against
-        gain = f"{statistics.mean(found) - statistics.mean(base):+.4f}" if both else ""
-        published = study.variants[name].published.get(study.metric)
+        gain = ("", "")
+        if found and base and name != variant.against:
+            gain = f"{statistics.mean(found) - statistics.mean(base):+.4f}", variant.against
+        published = variant.published.get(study.metric)
         told = "" if published is None else f"{published:.3f}"
-        rows.append((name, str(len(found)), mean, spread, gain, told))
+        rows.append((name, str(len(found)), mean, spread, *gain, told))
     return format_rows(rows)

@@ -3,9 +3,11 @@
     recipe: paper                      a recipe by name or file; --config overrides it
     metric: audio_tagging/map@3        task/metric of results.json, of the test side
     against: TAG                       the variant that the others are compared with
+    set: {optim.schedule: cosine}      may be left out: fields of all variants, which the command line overrides
     variants:
       TAG: {set: {train.tasks: [audio_tagging]}, published: {map@3: 0.637}}
-      ...                              `set`: fields as on the command line; `published`: metrics of the same task
+      ...                              `set`: fields as on the command line, which it overrides; `published`: metrics of the
+                                       same task; `against`: where it is compared with another variant than the rest
 
 Tested by tests/test_study.py.
 """
@@ -22,8 +24,9 @@ import yaml
 from mtl_dist.config import ConfigError, differences, load_config
 
 STUDIES = Path(__file__).parent.parent / "studies"
-FIELDS = {"recipe": str, "metric": str, "against": str, "variants": dict}
-FIELDS_OF_VARIANT = {"set": dict, "published": dict}
+NEEDED = {"recipe": str, "metric": str, "against": str, "variants": dict}
+FIELDS = NEEDED | {"set": dict}
+FIELDS_OF_VARIANT = {"set": dict, "published": dict, "against": str}
 OWN_FIELDS = ("run.dir", "run.seed", "run.resume")
 """What a study sets itself."""
 
@@ -35,19 +38,12 @@ class Variant:
     name: str
     settings: Mapping[str, object]
     published: Mapping[str, float]
+    against: str
 
     @property
     def folder(self) -> str:
         """Name of the folder of its runs."""
         return re.sub(r"\s+", "", self.name)
-
-    def words(self) -> list[str]:
-        """Return its settings as on the command line."""
-        return [
-            word
-            for field, value in self.settings.items()
-            for word in (f"--{field}", value if isinstance(value, str) else json.dumps(value))
-        ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +54,7 @@ class Study:
     recipe: str
     task: str
     metric: str
-    against: str
+    settings: Mapping[str, object]
     variants: Mapping[str, Variant]
 
 
@@ -117,40 +113,59 @@ def load_study(name: str) -> Study:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as YAML ({error})") from error
     _check_fields(tree, FIELDS, f"{path}")
-    missing = [field for field in FIELDS if field not in tree]
+    missing = [field for field in NEEDED if field not in tree]
     if missing or not tree["variants"]:
         raise ValueError(f"{path}: {(missing or ['variants'])[0]} is missing, or empty")
     task, slash, metric = tree["metric"].partition("/")
     if not slash:
         raise ValueError(f"{path}, metric: {tree['metric']!r}; write it as audio_tagging/map@3")
-    variants = {n: _variant(f"{path}, variants.{n}", n, v) for n, v in tree["variants"].items()}
-    if tree["against"] not in variants:
-        raise ValueError(
-            f"{path}, against: {tree['against']!r} is no variant (allowed: {', '.join(variants)})"
-        )
+    settings = tree.get("set", {})
+    _refuse_own(settings, f"{path}, set")
+    variants = {
+        name: _variant(f"{path}, variants.{name}", name, own, tree["against"])
+        for name, own in tree["variants"].items()
+    }
     folders: dict[str, str] = {}
     for variant in variants.values():
+        if variant.against not in variants:
+            raise ValueError(
+                f"{path}, against: {variant.against!r} is no variant (allowed: {', '.join(variants)})"
+            )
         other = folders.setdefault(variant.folder.casefold(), variant.name)
         if other != variant.name:
             raise ValueError(
                 f"{path}, variants: {other!r} and {variant.name!r} would train in the same folder {variant.folder}"
             )
-    common = {"recipe": tree["recipe"], "against": tree["against"]}
-    return Study(name=path.stem, task=task, metric=metric, variants=variants, **common)
+    common = {"recipe": tree["recipe"], "settings": settings, "variants": variants}
+    return Study(name=path.stem, task=task, metric=metric, **common)
 
 
-def _variant(where: str, name: str, tree: object) -> Variant:
+def _variant(where: str, name: str, tree: object, against: str) -> Variant:
     _check_fields(tree, FIELDS_OF_VARIANT, where)
     settings, published = tree.get("set", {}), tree.get("published", {})
     if not isinstance(name, str) or not re.fullmatch(r"[\w.+\- ]+", name):
         raise ValueError(f"{where}: use letters, digits, spaces and . + - _ for its name")
-    for field in OWN_FIELDS:
-        if field in settings:
-            raise ValueError(f"{where}.set.{field}: a study sets it itself")
+    _refuse_own(settings, f"{where}.set")
     for metric, value in published.items():
         if not isinstance(value, (int, float)):
             raise ValueError(f"{where}.published.{metric}: {value!r} is not a number")
-    return Variant(name=name, settings=settings, published=published)
+    against = tree.get("against", against)
+    return Variant(name=name, settings=settings, published=published, against=against)
+
+
+def _refuse_own(settings: Mapping[str, object], where: str) -> None:
+    for field in OWN_FIELDS:
+        if field in settings:
+            raise ValueError(f"{where}.{field}: a study sets it itself")
+
+
+def _words(settings: Mapping[str, object]) -> list[str]:
+    """Return settings as on the command line."""
+    return [
+        word
+        for field, value in settings.items()
+        for word in (f"--{field}", value if isinstance(value, str) else json.dumps(value))
+    ]
 
 
 def _check_fields(tree: object, fields: Mapping[str, type], where: str) -> None:
@@ -168,7 +183,7 @@ def _check_fields(tree: object, fields: Mapping[str, type], where: str) -> None:
 def plan_runs(
     study: Study, recipe: str, seeds: Sequence[int], out: Path, overrides: Sequence[str]
 ) -> list[Run]:
-    """Return the runs of all variants and seeds, variant by variant for each seed; settings of a variant win.
+    """Return the runs of all variants and seeds, variant by variant for each seed.
 
     Raises:
         ValueError: a variant or an override names an unknown field or a wrong value, or a folder holds another run.
@@ -178,7 +193,8 @@ def plan_runs(
         for variant in study.variants.values():
             folder = out / variant.folder / f"seed_{seed}"
             own = ["--run.dir", str(folder), "--run.seed", str(seed), "--run.resume", "auto"]
-            words = ["--config", recipe, *overrides, *variant.words(), *own]
+            common, of_variant = _words(study.settings), _words(variant.settings)
+            words = ["--config", recipe, *common, *overrides, *of_variant, *own]
             run = Run(variant=variant, seed=seed, folder=folder, words=words)
             try:
                 config = load_config(words)

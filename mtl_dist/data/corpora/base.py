@@ -65,6 +65,9 @@ class CorpusConfig(abc.ABC):
     CLASSES_GROW: ClassVar[bool] = False
     """Whether a source may have classes that another has not."""
 
+    train_share: ClassVar[float] = 1.0
+    """What labelled kinds have as a field."""
+
     sources: list[Source] = dataclasses.field(default_factory=list)
     """Instead of root, a list of any of these: data sets of the Hub, Parquet, tars, JSON lines, of a disk or of a URL;
     folders that root would take; CSV manifests; audio files of the Hub or of a URL. Such as [{path: openslr/librispeech_asr,
@@ -127,6 +130,7 @@ class CorpusConfig(abc.ABC):
             labelled=self.LABELLED,
             keep=self.keep(),
             shares=self.heldout_shares(),
+            train_share=self.train_share,
         )
         if any(given):
             corpus.weights = [source.weight for source in self.sources]

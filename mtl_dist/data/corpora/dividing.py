@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from mtl_dist.data.columns import FEATURES
 from mtl_dist.data.corpora.corpus import Corpus
-from mtl_dist.data.corpora.listing import Listing, require_labels, shuffled
+from mtl_dist.data.corpora.listing import Listing, keep_share, require_labels, shuffled
 from mtl_dist.data.faults import named
 from mtl_dist.data.keys import generator
 from mtl_dist.data.lanes import Part
@@ -50,6 +50,7 @@ def make_corpus(
     labelled: bool = False,
     keep: Callable[[str], bool] | None = None,
     shares: tuple[float, float] = (0.0, 0.0),
+    train_share: float = 1.0,
 ) -> Corpus:
     """Divide rows and streams among the splits.
 
@@ -58,6 +59,7 @@ def make_corpus(
         labelled: list the streams that have labels, without their audio, to divide them like rows.
         keep: which ids of streams are taken.
         shares: of the blocks of streams for validation and test, where there is no such split.
+        train_share: of every label's listed training clips, what is kept.
 
     Raises:
         ValueError: two rows have one id, a label is not known, or there are too few blocks.
@@ -78,6 +80,7 @@ def make_corpus(
     if rows and divide is not None:
         rows = divide(rows, name, seed)
     corpus.classes = require_labels(rows, listing.classes, name)
+    rows = keep_share(rows, train_share, seed, name)
     _add_rows(corpus, [row for row in rows if "stream" not in row], seed)
     for place, (number, split, files) in enumerate(streams):
         own = [row for row in rows if row.get("stream") == place] if place in listed else None

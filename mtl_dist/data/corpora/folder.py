@@ -13,6 +13,7 @@ from mtl_dist.data.corpora.base import CorpusConfig, register_corpus
 from mtl_dist.data.corpora.listing import (
     Listing,
     alike,
+    check_share,
     read_manifest,
     require_folder,
     stratified_share,
@@ -40,8 +41,12 @@ class Folder(CorpusConfig):
     """Share of every label's clips for validation, where the manifest has no column split."""
     test_share: float = 0.1
     """Share of every label's clips for test, where the manifest has no column split."""
+    train_share: float = 1.0
+    """Share of every label's training clips to train on, at least one of each: the same clips for the same data.split_seed,
+    and a smaller share is part of a larger one."""
 
     def __post_init__(self):
+        check_share(self.train_share)
         shares = self.validation_share, self.test_share
         if min(shares) < 0 or sum(shares) >= 1:
             raise ValueError(

@@ -13,6 +13,7 @@ from mtl_dist.data.corpora.base import CorpusConfig, register_corpus
 from mtl_dist.data.corpora.listing import (
     Listing,
     alike,
+    check_share,
     read_table,
     require_folder,
     require_label,
@@ -37,8 +38,12 @@ class FSDKaggle2018(CorpusConfig):
     validation_share: float = 0.1
     """Share of the training clips set aside for validation, of every label alike (paper section 5); prepared shards have
     theirs set aside already."""
+    train_share: float = 1.0
+    """Share of every label's training clips to train on, at least one of each: the same clips for the same data.split_seed,
+    and a smaller share is part of a larger one."""
 
     def __post_init__(self):
+        check_share(self.train_share)
         if not 0 <= self.validation_share < 1:
             raise ValueError(
                 f"validation_share: {self.validation_share} is not allowed; use 0 to below 1"

@@ -163,3 +163,22 @@ def stratified_share(labels: dict[str, str], share: float, *key: object) -> set[
         count = max(least, round(share * len(clips)))
         chosen.update(shuffled(clips, *key, label)[:count])
     return chosen
+
+
+def check_share(share: float) -> None:
+    """Raise ValueError unless there is something to train on."""
+    if not 0 < share <= 1:
+        raise ValueError(f"train_share: {share} is not allowed; use above 0, up to 1")
+
+
+def keep_share(rows: list[dict], share: float, seed: int, name: str) -> list[dict]:
+    """Leave out training rows but for a `share` of every label's, at least one; a smaller share is part of a larger one."""
+    by_label: dict[str | None, dict[str, dict]] = {}
+    for row in rows:
+        if row["split"] == "train":
+            by_label.setdefault(row["label"], {})[row["id"]] = row
+    left_out: set[str] = set()
+    for label, own in by_label.items() if share < 1 else ():
+        kept = max(1, round(share * len(own)))
+        left_out.update(shuffled(own, seed, name, "train_share", label)[kept:])
+    return [row for row in rows if row["split"] != "train" or row["id"] not in left_out]
