@@ -5,6 +5,7 @@
     mtl-dist doctor --config demo                                                                              (doctor.py)
     mtl-dist prepare librispeech data/LibriSpeech prepared/librispeech                                  (data/prepare.py)
     mtl-dist study table1 --seeds 0,1,2 --out runs/table1                                        (experiments/runner.py)
+    mtl-dist report runs/table1                                                                  (experiments/report.py)
 
 Tested by tests/test_cli.py.
 """
@@ -26,6 +27,7 @@ from mtl_dist.data.sources import SPLITS
 from mtl_dist.doctor import add_doctor
 from mtl_dist.evaluation import Evaluation, evaluate
 from mtl_dist.experiment import Experiment, build_together
+from mtl_dist.experiments.report import add_report
 from mtl_dist.experiments.runner import add_study
 from mtl_dist.phases import Phases
 from mtl_dist.planning import add_plan
@@ -153,6 +155,7 @@ def main(words: list[str] | None = None) -> None:
     add_doctor(commands)
     add_prepare(commands)
     add_study(commands)
+    add_report(commands)
     options, overrides = parser.parse_known_args(words)
     try:
         options.act(options, overrides)

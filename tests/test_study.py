@@ -1,5 +1,6 @@
 """Studies: what is wrong with one is named; runs are real, skipped when finished, tried again when failed or stopped."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -46,7 +47,7 @@ def study(*words: object) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("name", study_names())
 def test_every_study_that_comes_along_can_be_planned(name, tmp_path):
     found = load_study(name)
-    runs = plan_runs(found, found.recipe, [0, 1], tmp_path, [])
+    runs = plan_runs(found, [0, 1], tmp_path)
     assert len(runs) == 2 * len(found.variants)
     assert len({run.folder for run in runs}) == len(runs)
 
@@ -69,12 +70,10 @@ def test_table_1_has_the_papers_eight_rows():
 
 
 def test_the_command_line_wins_over_what_is_common_and_a_variant_over_the_command_line(tmp_path):
-    found = load_study("labels")
     words = ["--train.rounds", "9", "--corpora.fsdkaggle2018.train_share", "0.7"]
-    configs = {
-        run.variant.name: load_config(run.words)
-        for run in plan_runs(found, "paper", [0], tmp_path, words)
-    }
+    found = dataclasses.replace(load_study("labels"), overrides=words)
+    runs = plan_runs(found, [0], tmp_path)
+    configs = {run.variant.name: load_config(run.words) for run in runs}
     assert {config.train.rounds for config in configs.values()} == {9}
     assert {config.optim.schedule for config in configs.values()} == {"cosine"}
     shares = {n: c.corpora["fsdkaggle2018"].train_share for n, c in configs.items()}
@@ -113,6 +112,10 @@ def test_failed_runs_are_named_and_tried_again_and_finished_ones_are_not(corpora
     assert rows[0][-1] == "0.500"
     assert rows[1][:4] == ["with", "UP", "2", f"{mean['withUP']:.4f}"]
     assert rows[1][-2:] == [f"{mean['withUP'] - mean['alone']:+.4f}", "alone"]
+    cli.main(["report", str(out)])
+    text = (out / "report.md").read_text()
+    assert "4 runs finished; map@3 of audio_tagging on 5 test clips" in text
+    assert f"| with UP | 2 | {mean['withUP']:.3f} [" in text
     shown = study(*words, *roots(corpora), "--dry_run")
     assert shown.stdout.count("# finished") == 4
 
@@ -188,13 +191,14 @@ def test_what_is_in_the_folder_already_is_never_mixed_up(corpora_root, tmp_path)
     with pytest.raises(SystemExit, match="is not empty and holds no study"):
         cli.main(words)
     (out / "notes.txt").unlink()
-    run = load_study(name)
-    (other,) = plan_runs(run, run.recipe, [0], out, ["--optim.beta1", "0.5"])[:1]
+    changed = dataclasses.replace(load_study(name), overrides=["--optim.beta1", "0.5"])
+    other = plan_runs(changed, [0], out)[0]
     other.folder.mkdir(parents=True)
     (other.folder / "config.yaml").write_text(load_config(other.words).text)
     with pytest.raises(SystemExit, match=r"holds a run of other settings \(optim.beta1: 0.5"):
         cli.main(words)
-    (out / "study.yaml").write_text(yaml.safe_dump({"study": "another"}))
     shutil.rmtree(other.folder)
-    with pytest.raises(SystemExit, match=r"holds a study of other study \('another', now 'mine'\)"):
+    told = dataclasses.replace(changed, recipe=TWO["recipe"])
+    (out / "study.yaml").write_text(yaml.safe_dump(told.as_tree()))
+    with pytest.raises(SystemExit, match=r"holds a study of other overrides \(\['--optim.beta1'"):
         cli.main(words)

@@ -8,6 +8,7 @@ tests/test_study.py.
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import shlex
 import signal
@@ -58,13 +59,14 @@ def run_study(options: argparse.Namespace, overrides: list[str]) -> None:
         raise ValueError(f"--launch: the file {options.launch} does not exist")
     out = options.out or Path("runs") / study.name
     recipe = options.config or study.recipe
-    runs = plan_runs(study, recipe, seeds, out, overrides)
+    study = dataclasses.replace(study, recipe=recipe, overrides=overrides)
+    runs = plan_runs(study, seeds, out)
     launch = ["--config_file", options.launch] if options.launch else ONE_PROCESS
     if options.dry_run:
         for run in runs:
             print(shlex.join(_command(run, launch)) + ("  # finished" * run.finished()))
         return
-    _claim(out, study, recipe, overrides)
+    _claim(out, study)
     failed = run_all(runs, launch, options.jobs)
     print(table(study, runs))
     if failed:
@@ -82,26 +84,21 @@ def _seeds(text: str) -> list[int]:
     return seeds
 
 
-def _claim(out: Path, study: Study, recipe: str, overrides: Sequence[str]) -> None:
+def _claim(out: Path, study: Study) -> None:
     """Write OUT/study.yaml. Raises ValueError if OUT holds another study, or something else."""
-    variants = {
-        v.name: {"set": dict(v.settings), "against": v.against} for v in study.variants.values()
-    }
-    told = {"study": study.name, "metric": f"{study.task}/{study.metric}"}
-    told |= {"recipe": recipe, "set": dict(study.settings), "overrides": list(overrides)}
     path = out / "study.yaml"
     if path.exists():
-        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
-        for field, value in (told | {"variants": variants}).items():
-            if saved.get(field) != value:
+        saved, now = load_study(str(path)).as_tree(False), study.as_tree(False)
+        for field, value in now.items():
+            if saved[field] != value:
                 raise ValueError(
-                    f"--out: {out} holds a study of other {field} ({saved.get(field)!r}, now {value!r}); name another folder"
+                    f"--out: {out} holds a study of other {field} ({saved[field]!r}, now {value!r}); name another folder"
                 )
         return
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"--out: {out} is not empty and holds no study; name another folder")
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, yaml.safe_dump(told | {"variants": variants}, sort_keys=False))
+    write_atomically(path, yaml.safe_dump(study.as_tree(), sort_keys=False))
 
 
 def _command(run: Run, launch: Sequence[str]) -> list[str]:

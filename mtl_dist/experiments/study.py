@@ -25,7 +25,8 @@ from mtl_dist.config import ConfigError, differences, load_config
 
 STUDIES = Path(__file__).parent.parent / "studies"
 NEEDED = {"recipe": str, "metric": str, "against": str, "variants": dict}
-FIELDS = NEEDED | {"set": dict}
+FIELDS = NEEDED | {"set": dict, "name": str, "overrides": list}
+"""The last two are in OUT/study.yaml, which is a study, too: what a folder of runs is about."""
 FIELDS_OF_VARIANT = {"set": dict, "published": dict, "against": str}
 OWN_FIELDS = ("run.dir", "run.seed", "run.resume")
 """What a study sets itself."""
@@ -54,8 +55,26 @@ class Study:
     recipe: str
     task: str
     metric: str
+    against: str
     settings: Mapping[str, object]
     variants: Mapping[str, Variant]
+    overrides: Sequence[str] = ()
+
+    def as_tree(self, published: bool = True) -> dict:
+        """Return it as a study's YAML has it, with or without the published values."""
+        variants = {}
+        for name, own in self.variants.items():
+            variants[name] = {"set": dict(own.settings), "against": own.against}
+            variants[name] |= {"published": dict(own.published)} if published else {}
+        return {
+            "name": self.name,
+            "recipe": self.recipe,
+            "overrides": list(self.overrides),
+            "metric": f"{self.task}/{self.metric}",
+            "against": self.against,
+            "set": dict(self.settings),
+            "variants": variants,
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,8 +155,16 @@ def load_study(name: str) -> Study:
             raise ValueError(
                 f"{path}, variants: {other!r} and {variant.name!r} would train in the same folder {variant.folder}"
             )
-    common = {"recipe": tree["recipe"], "settings": settings, "variants": variants}
-    return Study(name=path.stem, task=task, metric=metric, **common)
+    return Study(
+        name=tree.get("name", path.stem),
+        recipe=tree["recipe"],
+        task=task,
+        metric=metric,
+        against=tree["against"],
+        settings=settings,
+        variants=variants,
+        overrides=tree.get("overrides", []),
+    )
 
 
 def _variant(where: str, name: str, tree: object, against: str) -> Variant:
@@ -180,9 +207,17 @@ def _check_fields(tree: object, fields: Mapping[str, type], where: str) -> None:
             raise ValueError(f"{where}, {field}: {value!r} is not a {fields[field].__name__}")
 
 
-def plan_runs(
-    study: Study, recipe: str, seeds: Sequence[int], out: Path, overrides: Sequence[str]
-) -> list[Run]:
+def runs_in(study: Study, out: Path) -> list[Run]:
+    """Return the runs that lie in a study's folder, variant by variant."""
+    return [
+        Run(variant=variant, seed=int(folder.name.removeprefix("seed_")), folder=folder, words=[])
+        for variant in study.variants.values()
+        for folder in sorted((out / variant.folder).glob("seed_*"))
+        if folder.is_dir()
+    ]
+
+
+def plan_runs(study: Study, seeds: Sequence[int], out: Path) -> list[Run]:
     """Return the runs of all variants and seeds, variant by variant for each seed.
 
     Raises:
@@ -194,7 +229,7 @@ def plan_runs(
             folder = out / variant.folder / f"seed_{seed}"
             own = ["--run.dir", str(folder), "--run.seed", str(seed), "--run.resume", "auto"]
             common, of_variant = _words(study.settings), _words(variant.settings)
-            words = ["--config", recipe, *common, *overrides, *of_variant, *own]
+            words = ["--config", study.recipe, *common, *study.overrides, *of_variant, *own]
             run = Run(variant=variant, seed=seed, folder=folder, words=words)
             try:
                 config = load_config(words)
