@@ -19,6 +19,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import hub_uploads
+
 HOME = tempfile.TemporaryDirectory(prefix="hf_home")
 """What the clients of this process and its children keep."""
 RESERVED = socket.socket()
@@ -43,7 +45,7 @@ ROUTES = {
     "paths-info": re.compile(r"/api/datasets/([^/]+/[^/]+)/paths-info/([^/]+)"),
     "revision": re.compile(r"/api/datasets/([^/]+/[^/]+)/revision/([^/]+)"),
     "info": re.compile(r"/api/datasets/([^/]+/[^/]+)"),
-}
+} | hub_uploads.ROUTES
 
 
 @dataclasses.dataclass
@@ -185,9 +187,15 @@ class _Handler(BaseHTTPRequestHandler):
     def dispatch(self, route: str, parts: list[str]) -> None:
         if not parts:
             return self.reply(404)
+        self.commit = self.server.commit
+        if route in hub_uploads.ROUTES:
+            status, told = hub_uploads.take(
+                self.server.endpoint, self.server.folder, route, parts, self.body
+            )
+            return self.json(told, status)
         revision = parts[1] if route not in ("info", "storage") else "main"
         converted = revision in ("refs/convert/parquet", CONVERTED)
-        self.commit = CONVERTED if converted else self.server.commit
+        self.commit = CONVERTED if converted else self.commit
         folder = self.server.folder / (parts[0] + "@parquet" * converted)
         if not folder.is_dir():
             return self.reply(404, headers={"X-Error-Code": "RepoNotFound"})
@@ -261,9 +269,9 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {first}-{last}/{size}"
         return self.reply(status, data, headers)
 
-    def json(self, value: object) -> None:
+    def json(self, value: object, status: int = 200) -> None:
         self.reply(
-            200,
+            status,
             json.dumps(value).encode(),
             {"Content-Type": "application/json", "X-Repo-Commit": self.commit},
         )

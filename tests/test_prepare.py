@@ -18,11 +18,15 @@ import soundfile
 import soxr
 import tiny
 from datasets import load_dataset
+from hub_fixtures import TOKEN
 
 from mtl_dist.audio.clips import ClipReader
 from mtl_dist.audio.reading import open_clip, sounding_span
 from mtl_dist.data import archives, prepare, shards
+from mtl_dist.data.columns import AUDIO
 from mtl_dist.data.corpora.corpus import SPLIT_SPANS
+from mtl_dist.data.corpora.folder import Folder
+from mtl_dist.data.sources import Source
 
 FOLDERS = {"fsdkaggle2018": "FSDKaggle2018", "librispeech": "LibriSpeech", "chime3": "CHiME3"}
 SMALL = ("--rows_per_shard", "6", "--rows_per_group", "2")
@@ -281,3 +285,26 @@ def test_a_prepared_folder_is_uploaded_and_an_error_shows_no_token(clips, tmp_pa
     with pytest.raises(ValueError, match="--push_to_hub: me/clips could not be uploaded") as error:
         run("--verify", tmp_path / "out", "--push_to_hub", "me/clips")
     assert not any(secret in str(error.value) for secret in ("hf_abc", "hf_Secret1", "\n"))
+
+
+def test_what_was_uploaded_is_a_data_set_of_the_hub_that_is_trained_on_by_its_id(
+    clips, hub, tmp_path, monkeypatch
+):
+    """Through huggingface_hub's own client; uploaded anew, shards that are there no longer are gone there, too."""
+    out, name, hub.token = tmp_path / "out", "me/uploaded", TOKEN
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(ValueError, match="me/uploaded could not be uploaded") as error:
+        prepared("folder", clips, out, "--labelled", "--push_to_hub", name)
+    assert "hf_wrong" not in str(error.value)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    (hub.folder / name).mkdir(parents=True)
+    (hub.folder / name / "train-00009-of-00010.parquet").write_bytes(b"of an earlier preparation")
+    run("--verify", out, "--push_to_hub", name)
+    there = {path.name: path.read_bytes() for path in (hub.folder / name).iterdir()}
+    assert there == {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    rows = rows_of(out)
+    loaded = load_dataset(name, streaming=True)["train"].cast_column("audio", AUDIO)
+    assert sorted(row["id"] for row in loaded) == sorted(row["id"] for row in rows)
+    corpus = Folder(sources=[Source(path=name)], validation_share=0, test_share=0).open("mine", 0)
+    found = {row["id"]: (row["audio"]["bytes"], row["label"]) for row in corpus.stream("train")}
+    assert found == {row["id"]: (row["audio"]["bytes"], row["label"]) for row in rows}
