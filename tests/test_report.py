@@ -126,7 +126,7 @@ def test_the_report_pairs_seeds_and_says_what_it_can(study, capsys):
     assert rows["MTL"][4:] == ["TAG", "0.671", "+0.034"]
     assert "5 runs finished, 1 begun and not finished" in text
     assert "**MTL** is better than TAG" in text
-    assert "with 2 seeds and 60 test clips" in text
+    assert "with 2 seeds and 60 test clips. That is of these seeds: they are too few" in text
     assert "is too few" in text
     page = (study / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3

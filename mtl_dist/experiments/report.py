@@ -28,6 +28,7 @@ from mtl_dist.experiments.figures import draw_gains, draw_learning_curves, draw_
 from mtl_dist.experiments.study import Run, Study, Variant, load_study, runs_in
 from mtl_dist.run_folder import write_atomically
 
+FEW_SEEDS = 5
 STYLE = (
     "body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
     "td,th{border-bottom:1px solid #ccc;padding:.3em .8em;text-align:right}td:first-child,th:first-child{text-align:left}"
@@ -185,6 +186,8 @@ def conclusion(study: Study, row: Row) -> str:
     if gain.decided():
         word = "better" if gain.mean > 0 else "worse"
         text = f"**{row.variant.name}** is {word} than {against}: {_text(gain, '+')} with {many}."
+        if len(row.gain_seeds) < FEW_SEEDS:
+            text += " That is of these seeds: they are too few to speak for others."
     else:
         text = (
             f"**{row.variant.name}** against {against} is not decided: {_text(gain, '+')} with {many}; a gain above "

@@ -155,8 +155,10 @@ def run_all(runs: Sequence[Run], launch: Sequence[str], jobs: int) -> list[str]:
                 done, left = wait(left, POLL_SECONDS, FIRST_COMPLETED)
                 for one in done:
                     one.result()
-                bar.n = round(sum(map(_share, runs)), 2)
-                bar.set_postfix(failed=len(failed))
+                share = round(sum(map(_share, runs)), 2)
+                if share != bar.n:  # in a log, every sight of it is a line
+                    bar.n = share
+                    bar.set_postfix(failed=len(failed))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
