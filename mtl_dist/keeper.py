@@ -162,7 +162,7 @@ class Keeper:
         try:
             new, classes = self.experiment.build_model(), self.experiment.classes()
             weights, what = transferred(initial, new, classes)
-        except (ValueError, KeyError, OSError, SafetensorError) as error:
+        except (ValueError, OSError, SafetensorError) as error:
             problem = [f"model.initial: {error}"]
         raise_together(self.accelerator, problem, self.phases)
         self.engine.load_state(weights, {})

@@ -42,7 +42,8 @@ def transferred(
         own = {n: v.shape for n, v in weights.items() if n.startswith(prefix)}
         theirs = {n: v for n, v in saved.items() if n.startswith(prefix)}
         same = own == {n: v.shape for n, v in theirs.items()}
-        if same and about["tasks"][task]["classes"] == classes.get(task, []):
+        trained_on = about["tasks"].get(task, {}).get("classes")
+        if same and trained_on == classes.get(task, []):
             taken.append(f"head of {task}")
             weights |= theirs
         else:

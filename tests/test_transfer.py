@@ -54,8 +54,17 @@ def test_a_head_of_other_classes_is_not_taken(corpora_root, tmp_path, tiny_exper
     assert "new: head of audio_tagging" in transferred(str(path), model, other)[1]
 
 
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "",
+        pytest.param("fsdp2_", marks=pytest.mark.slow),
+        pytest.param("zero2_", marks=[pytest.mark.slow, pytest.mark.deepspeed]),
+        pytest.param("zero3_", marks=[pytest.mark.slow, pytest.mark.deepspeed]),
+    ],
+)
 def test_two_ranks_start_from_it_with_the_trunk_frozen_and_go_on_without_it(
-    earlier, corpora_root, tmp_path
+    earlier, corpora_root, tmp_path, engine
 ):
     """The trunk stays as it was for an epoch of 22 clips, 6 rounds of 4, and moves after."""
     source, run = tmp_path / "source", tmp_path / "run"
@@ -63,7 +72,7 @@ def test_two_ranks_start_from_it_with_the_trunk_frozen_and_go_on_without_it(
     words = ["--run.dir", str(run), "--model.initial", str(source), "--train.global_batch", "4"]
     words += ["--optim.trunk_factor", "0", "--optim.trunk_epochs", "1", "--train.rounds", "7"]
     words = ["mtl_dist/train.py", *tiny.tiny_words(corpora_root, *words)]
-    first = worlds.launch("two_cpu_processes", *words, "--train.stop_after_rounds", "3")
+    first = worlds.launch(f"{engine}two_cpu_processes", *words, "--train.stop_after_rounds", "3")
     assert first.returncode == 0, first.stderr
     assert "starts from " in first.stderr
     saved, now = weights_of(source, "best"), weights_of(run)
@@ -73,7 +82,7 @@ def test_two_ranks_start_from_it_with_the_trunk_frozen_and_go_on_without_it(
     head = [name for name in now if name.startswith("heads.heads.upsampling.")]
     assert not any(torch.equal(now[name], saved[name]) for name in head)
     shutil.rmtree(source)
-    second = worlds.launch("two_cpu_processes", *words, "--run.resume", "auto")
+    second = worlds.launch(f"{engine}two_cpu_processes", *words, "--run.resume", "auto")
     assert second.returncode == 0, second.stderr
     moved = weights_of(run)
     assert not any(torch.equal(moved[name], saved[name]) for name in trunk)
